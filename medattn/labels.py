@@ -135,7 +135,8 @@ def _problems(organs: Sequence[Organ]) -> list[str]:
                 problems.append(f"{name!r} belongs to {owner[_key(name)]} and to {organ.name}")
         if (organ.side is None) != (organ.pair is None) or organ.side not in (None, "left", "right"):
             problems.append(
-                f"{organ.name}: side {organ.side!r} and pair {organ.pair!r}; expected left or right and a pair, or neither"
+                f"{organ.name}: side {organ.side!r} and pair {organ.pair!r}; "
+                "expected left or right and a pair, or neither"
             )
         elif organ.pair is not None:
             pair = by_name.get(organ.pair)

@@ -14,8 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from medattn.atomic import write_text
 from medattn.errors import InputError
-from medattn.io.atomic import write_text
 
 SPLITS = ("train", "validation", "test")
 
@@ -188,8 +188,8 @@ def _problems(path: Path, cases: list[Case], organs: set[str]) -> list[str]:
             )
         if split_of.setdefault(case.group, case.split) != case.split:
             problems.append(
-                f"{path}: patient {case.group} is in {split_of[case.group]} and in {case.split} ({case.name}); "
-                "put all cases of a patient into one split"
+                f"{path}: patient {case.group} is in {split_of[case.group]} and in {case.split} "
+                f"({case.name}); put all cases of a patient into one split"
             )
     return problems
 

@@ -11,9 +11,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from medattn.atomic import atomic_path
 from medattn.errors import InputError
 from medattn.geometry import Array, Geometry
-from medattn.io.atomic import atomic_path
 
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 BROKEN = (

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from medattn.atomic import atomic_path
 from medattn.errors import InputError
 from medattn.geometry import Array, Geometry
-from medattn.io.atomic import atomic_path
 
 
 def read_nrrd(path: Path) -> tuple[Array, Geometry]:
@@ -22,8 +22,8 @@ def read_nrrd(path: Path) -> tuple[Array, Geometry]:
         raise InputError(f"{path}: truncated or corrupt NRRD ({reason}); copy the file again") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
-            f"{path}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values per voxel, "
-            "expected one 3D volume of single numbers"
+            f"{path}: {image.GetDimension()} axes with {image.GetNumberOfComponentsPerPixel()} values per "
+            "voxel, expected one 3D volume of single numbers"
         )
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
