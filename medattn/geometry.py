@@ -19,14 +19,10 @@ from medattn.errors import InputError
 Array = npt.NDArray[Any]
 Size = tuple[int, int, int]
 
-AXIS_NAMES = (
-    ("R", "L"),
-    ("A", "P"),
-    ("I", "S"),
-)  # per patient axis: towards smaller, towards larger LPS
-SHEAR_TOLERANCE = (
-    1e-3  # largest |cosine| between two index axes; float32 headers reach 1e-6, a tilted gantry 1e-2
-)
+# per patient axis: towards smaller, towards larger LPS
+AXIS_NAMES = (("R", "L"), ("A", "P"), ("I", "S"))
+# largest |cosine| between two index axes; float32 headers reach 1e-6, a tilted gantry 1e-2
+SHEAR_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ and the terminology of exported segmentations.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Sequence
@@ -63,9 +64,14 @@ class LabelSet:
             raise InputError(f"{name_or_path}: no such label set; give a YAML file or one of: {packaged}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls(path.stem, tuple(_organ(entry) for entry in content["organs"]))
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a label set: {error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+        entries = content.get("organs") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{path}: not a label set; expected `organs:` followed by a list of organs")
+        if problems := [p for number, entry in enumerate(entries) for p in _entry_problems(number, entry)]:
+            raise InputError(*(f"{path}: {problem}" for problem in problems))
+        return cls(path.stem, tuple(_organ(entry) for entry in entries))
 
     def find(self, name: str) -> Organ | None:
         """The organ of this name or alias, or None."""
@@ -85,17 +91,22 @@ class LabelSet:
     def mirror(self, names: Sequence[str]) -> tuple[int, ...]:
         """For each name, the position of what it becomes when left and right are swapped.
 
-        An organ whose pair is not among the names stays where it is only if it has no side; a lone left
-        organ would turn into a right one that the list lacks, which raises InputError.
+        An organ without a side stays where it is. A lone left organ would turn into a right one that the list
+        lacks, and an organ named twice into either of the two: both raise InputError.
         """
         organs = self.resolve(names)
         position = {organ.name: number for number, organ in enumerate(organs)}
-        if lonely := [
-            organ.name for organ in organs if organ.pair is not None and organ.pair not in position
-        ]:
-            raise InputError(
-                *(f"{name} has a side, but its pair is not among {list(names)}" for name in lonely)
-            )
+        problems = [
+            f"{organ.name} has a side, but its pair {organ.pair} is not among {list(names)}"
+            for organ in organs
+            if organ.pair is not None and organ.pair not in position
+        ] + [
+            f"{name!r} and {names[position[organ.name]]!r} are the same organ, {organ.name}"
+            for number, (name, organ) in enumerate(zip(names, organs, strict=True))
+            if position[organ.name] != number
+        ]
+        if problems:
+            raise InputError(*problems)
         return tuple(position[organ.pair or organ.name] for organ in organs)
 
     @cached_property
@@ -114,21 +125,63 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def _spellings(stem: str, side: str) -> list[str]:
+    """Parotid, left -> Parotid left, Parotid Lt, Parotid L, left Parotid, Lt Parotid, L Parotid."""
+    sides = (side, f"{side[0]}t", side[0])
+    return [f"{stem} {word}" for word in sides] + [f"{word} {stem}" for word in sides]
+
+
 def _organ(entry: dict[str, Any]) -> Organ:
-    color = tuple(int(c) for c in entry.pop("color", (128, 128, 128)))
-    aliases = tuple(str(alias) for alias in entry.pop("aliases", ()))
-    code = entry.pop("code", None)
-    return Organ(
-        color=(color[0], color[1], color[2]),
-        aliases=aliases,
-        code=None if code is None else str(code),
-        **entry,
-    )
+    fields = {key: value for key, value in entry.items() if key != "stems"}
+    stems = [spelling for stem in entry.get("stems", ()) for spelling in _spellings(stem, entry["side"])]
+    fields["aliases"] = (*entry.get("aliases", ()), *stems)
+    if "color" in entry:
+        fields["color"] = tuple(entry["color"])
+    return Organ(**fields)
+
+
+def _entry_problems(number: int, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with the form of one entry of a label-set file."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not _key(name):
+        return [f"organ number {number + 1} has name {name!r}; expected a text with letters or digits"]
+    known = {field.name for field in dataclasses.fields(Organ)} | {"stems"}
+    problems = [
+        f"{name}: unknown key {key!r}; expected one of {sorted(known)}" for key in entry if key not in known
+    ]
+    for key in ("aliases", "stems"):
+        texts = entry.get(key, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) and _key(text) for text in texts):
+            problems.append(f"{name}: {key} {texts!r}; expected a list of names")
+    if entry.get("stems") and entry.get("side") not in ("left", "right"):
+        problems.append(
+            f"{name}: stems are completed with a side, but the organ has side {entry.get('side')!r}"
+        )
+    for key in ("code", "meaning", "side", "pair", "tolerance_source"):
+        if not isinstance(entry.get(key), str | None):
+            problems.append(
+                f"{name}: {key} {entry[key]!r}; expected a text (in quotes where it looks like a number)"
+            )
+    color = entry.get("color", [0, 0, 0])
+    if (
+        not isinstance(color, list)
+        or len(color) != 3
+        or not all(isinstance(c, int) and 0 <= c <= 255 for c in color)
+    ):
+        problems.append(f"{name}: color {color!r}; expected three whole numbers from 0 to 255")
+    tolerance = entry.get("tolerance_mm")
+    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 < tolerance < 100):
+        problems.append(f"{name}: tolerance_mm {tolerance!r}; expected millimetres, above 0 and below 100")
+    return problems
 
 
 def _problems(organs: Sequence[Organ]) -> list[str]:
-    problems, owner = [], dict[str, str]()
     by_name = {organ.name: organ for organ in organs}
+    names = [organ.name for organ in organs]
+    problems = [
+        f"organ {name} is listed {names.count(name)} times" for name in by_name if names.count(name) > 1
+    ]
+    owner = dict[str, str]()
     for organ in organs:
         for name in (organ.name, *organ.aliases):
             if owner.setdefault(_key(name), organ.name) != organ.name:

@@ -83,26 +83,41 @@ def read_cases(root: str | Path) -> CaseFolder:
     Raises InputError with every problem: missing files, malformed entries, unknown splits, duplicate names,
     organs in `contoured` that labels.json does not have, one patient in two splits.
     """
+    folder, problems = load_cases(root)
+    if problems:
+        raise InputError(*problems)
+    return folder
+
+
+def load_cases(root: str | Path) -> tuple[CaseFolder, tuple[str, ...]]:
+    """Like `read_cases`, but with the problems beside what could be read, for a caller that wants to go on.
+
+    Malformed and repeated entries are left out of the folder. Raises InputError only where there is nothing
+    to read: no folder, or no usable `labels.json` or `cases.json`.
+    """
     root = Path(root)
+    path = root / "cases.json"
     if not root.is_dir():
         raise InputError(
             f"{root}: no such folder; make practice cases with `medattn phantom {root}` "
             f"or bring your own with `medattn import KIND SOURCE {root}`"
         )
     labels = read_labels(root / "labels.json")
-    entries = _read_json(root / "cases.json")
+    entries = _read_json(path)
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{root / 'cases.json'}: expected a list with at least one case")
-    cases, problems = [], []
+        raise InputError(f"{path}: expected a list with at least one case")
+    cases, problems = dict[str, Case](), list[str]()
     for number, entry in enumerate(entries):
         try:
-            cases.append(_case(root, entry))
+            case = _case(root, entry)
         except (KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{root / 'cases.json'}: entry {number}: missing or malformed field {error}")
-    problems += _problems(root / "cases.json", cases, set(labels.values()))
-    if problems:
-        raise InputError(*problems)
-    return CaseFolder(root, labels, tuple(cases))
+            problems.append(f"{path}: entry {number}: missing or malformed field {error}")
+            continue
+        if case.name in cases:
+            problems.append(f"{path}: case {case.name} stands twice; keep one entry")
+        cases.setdefault(case.name, case)
+    problems += _problems(path, cases.values(), set(labels.values()))
+    return CaseFolder(root, labels, tuple(cases.values())), tuple(problems)
 
 
 def read_labels(path: Path) -> dict[int, str]:
@@ -149,19 +164,25 @@ def write_cases(folder: CaseFolder, extra: Mapping[str, Mapping[str, Any]] | Non
 def assign_splits(cases: Iterable[Case], *, validation: float, seed: int) -> tuple[Case, ...]:
     """Give every case without a split one, by group: `validation` of the groups, at least one, to validation.
 
-    Groups that already have a split keep it; the draw depends on the groups' names and the seed alone.
+    Groups that already have a split keep it, and train is never left empty. The draw depends on the groups'
+    names and the seed alone.
     """
     cases = tuple(cases)
     known = {case.group: case.split for case in cases if case.split is not None}
     free = sorted({case.group for case in cases} - known.keys())
     random.Random(seed).shuffle(free)
-    held_out = max(1, round(validation * len(free))) if free and validation > 0 else 0
+    most = len(free) if "train" in known.values() else len(free) - 1
+    held_out = min(most, max(1, round(validation * len(free)))) if validation > 0 else 0
     drawn = {group: "validation" if n < held_out else "train" for n, group in enumerate(free)}
     return tuple(replace(case, split=case.split or (known | drawn)[case.group]) for case in cases)
 
 
 def _case(root: Path, entry: Mapping[str, Any]) -> Case:
     name = str(entry["case"])
+    if name in ("", ".", "..") or set(name) & set("/\\"):
+        raise TypeError(f"'case': {name!r} is not the name of a folder")
+    if not isinstance(entry["contoured"], list):
+        raise TypeError(f"'contoured': {entry['contoured']!r} is not a list of organ names")
     return Case(
         name=name,
         folder=root / name,
@@ -172,12 +193,9 @@ def _case(root: Path, entry: Mapping[str, Any]) -> Case:
     )
 
 
-def _problems(path: Path, cases: list[Case], organs: set[str]) -> list[str]:
-    problems, seen, split_of = [], set[str](), dict[str, str | None]()
+def _problems(path: Path, cases: Iterable[Case], organs: set[str]) -> list[str]:
+    problems, split_of = [], dict[str, str]()
     for case in cases:
-        if case.name in seen:
-            problems.append(f"{path}: case {case.name} stands twice; keep one entry")
-        seen.add(case.name)
         if case.split is not None and case.split not in SPLITS:
             problems.append(
                 f"{path}: case {case.name}: split {case.split!r}, expected one of {', '.join(SPLITS)}"
@@ -186,7 +204,7 @@ def _problems(path: Path, cases: list[Case], organs: set[str]) -> list[str]:
             problems.append(
                 f"{path}: case {case.name}: contoured {unknown} is not in labels.json {sorted(organs)}"
             )
-        if split_of.setdefault(case.group, case.split) != case.split:
+        if case.split is not None and split_of.setdefault(case.group, case.split) != case.split:
             problems.append(
                 f"{path}: patient {case.group} is in {split_of[case.group]} and in {case.split} "
                 f"({case.name}); put all cases of a patient into one split"
@@ -199,5 +217,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `medattn import` writes it") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None

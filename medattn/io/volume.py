@@ -10,7 +10,7 @@ from pathlib import Path
 from medattn.errors import InputError
 from medattn.geometry import Array, Geometry
 from medattn.io.nifti import read_nifti, read_nifti_geometry, write_nifti
-from medattn.io.nrrd import read_nrrd, write_nrrd
+from medattn.io.nrrd import read_nrrd, read_nrrd_header, write_nrrd
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 
@@ -30,8 +30,8 @@ class Volume:
 def read_volume(path: str | Path) -> Volume:
     """Read a NIfTI or NRRD file, compressed or not, recognised by its content.
 
-    Raises InputError where the file is missing, empty, truncated, not of a known format, or not one
-    scalar volume on a rectangular grid.
+    A `.seg.nrrd` of 3D Slicer reads as its label map. Raises InputError where the file is missing, empty,
+    truncated, not of a known format, or not one scalar volume on a rectangular grid.
     """
     path = Path(path)
     array, geometry = read_nrrd(path) if _format_of(path) == "nrrd" else read_nifti(path)
@@ -39,9 +39,9 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_geometry(path: str | Path) -> Geometry:
-    """The grid of a volume file; of a NIfTI file only the header is read."""
+    """The grid of a volume file, from its header alone."""
     path = Path(path)
-    return read_nrrd(path)[1] if _format_of(path) == "nrrd" else read_nifti_geometry(path)
+    return read_nrrd_header(path)[0] if _format_of(path) == "nrrd" else read_nifti_geometry(path)
 
 
 def write_volume(path: str | Path, volume: Volume) -> None:
@@ -68,7 +68,8 @@ def _format_of(path: Path) -> str:
     try:
         with path.open("rb") as file:
             head = file.read(348)
-        if head[:2] == b"\x1f\x8b":
+        packed = head[:2] == b"\x1f\x8b"
+        if packed:
             with gzip.open(path) as file:
                 head = file.read(348)
     except FileNotFoundError:
@@ -77,11 +78,19 @@ def _format_of(path: Path) -> str:
         raise InputError(f"{path}: is a folder, expected a volume file ({', '.join(SUFFIXES)})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: truncated or corrupt ({error}); copy the file again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not head:
         raise InputError(f"{path}: empty file; copy it again")
+    if head.startswith(b"NRRD") and packed:
+        raise InputError(f"{path}: a NRRD file packed with gzip; unpack it first (gunzip)")
     if head.startswith(b"NRRD"):
         return "nrrd"
-    if head[344:347] in (b"n+1", b"ni1") or head[4:7] == b"n+2":
+    if head[344:347] == b"ni1":
+        raise InputError(
+            f"{path}: a NIfTI header whose voxels are in another file; expected a single .nii file"
+        )
+    if head[344:347] == b"n+1" or head[4:7] == b"n+2":
         return "nifti"
     raise InputError(
         f"{path}: neither NIfTI nor NRRD (it begins with {head[:8]!r}); expected {', '.join(SUFFIXES)}"

@@ -1,0 +1,66 @@
+# make demo   practice cases, training, report and segmentations, end to end
+# make setup  .venv with pinned dependencies; both other targets call it
+# make test   lint, types, import direction and the quick half of the tests
+# make test-all   everything
+
+PYTHON ?= python3
+# Installed first and never replaced. A CUDA build: make demo TORCH="torch==2.13.0 --index-url ..."
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINNED := pyproject.toml constraints.txt Makefile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+setup: $(VENV)/.ready
+
+$(VENV)/.torch: Makefile
+	@echo "== $(VENV): $(TORCH)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "medattn needs Python 3.11 or newer, found $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(PINNED)
+	@echo "== $(VENV): medattn and its dependencies"
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "== $(VENV): test tools"
+	@$(PIP) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+DEMO_DATA := data/hn_ct
+DEMO_RUN := runs/demo
+
+demo: setup
+	@test -f $(DEMO_DATA)/cases.json || $(BIN)/medattn phantom $(DEMO_DATA)
+	$(BIN)/medattn train configs/hn_ct.yaml --overwrite data.root=$(DEMO_DATA) run.dir=$(DEMO_RUN) \
+		training.max_minutes=3.5
+	$(BIN)/medattn predict $(DEMO_RUN)/model $(DEMO_DATA) --split validation \
+		--output $(DEMO_RUN)/segmentations --export seg.nrrd
+	$(BIN)/medattn evaluate --prediction $(DEMO_RUN)/segmentations --reference $(DEMO_DATA) \
+		--output $(DEMO_RUN)/report
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/pytest -m "not gpu"
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,206 @@
+"""Block attention in plain torch, slab by slab: neither all logits nor all key windows ever exist together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from medattn_kernels._chunk import chunk_size, pieces
+from medattn_kernels.block.tiling import (
+    Tiles,
+    add_windows,
+    cut,
+    merge_blocks,
+    padded,
+    query_blocks,
+    windows,
+)
+
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: tuple[int, ...],
+    halo: tuple[tuple[int, int], ...],
+    rel: tuple[Tensor, ...] | None,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    scale: float,
+    masked: bool,
+) -> Tensor:
+    """`medattn_kernels.block_attention` on any device, differentiable once.
+
+    q.rel is needed once per query and place along an axis, not per pair: these products become further columns of
+    the queries, and ones at the key's places become the same columns of the keys. One matrix product then gives the
+    whole logit.
+    """
+    tiles = tuple(
+        cut(n, b, h, t, masked) for n, b, h, t in zip(q.shape[1:-2], block, halo, stride, strict=True)
+    )
+    queries = query_blocks(q, tiles)
+    columns = [scale * queries] if rel is None else [scale * queries, *_relative(queries, tiles, rel)]
+    table = None if bias is None else _pairs(bias.to(q.dtype), tiles)
+    out = _Windowed.apply(torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, tiles, masked)
+    return merge_blocks(out, tiles)
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """The blocks of one step: some entries of the batch, some blocks of the first axis, n blocks in all.
+
+    queries [n, H, queries, D + P], keys [n, H, keys, D + P], values [n, H, keys, E], outside [n, 1, 1, keys].
+    """
+
+    batch: slice
+    rows: slice
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    outside: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The slab's part of [B, *blocks, H, queries, E] as a view [n, H, queries, E]."""
+        return x[self.batch, self.rows].view(-1, *x.shape[-3:])
+
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Blocks and queries of each step over the slab's logits."""
+        n, heads, queries = self.queries.shape[:3]
+        return pieces(n, queries, chunk_size(self.queries) // (heads * self.keys.shape[2]))
+
+    def attention(self, n: slice, m: slice, bias: Tensor | None) -> Tensor:
+        """Softmax weights of queries m of the blocks n, [n, H, m, keys]."""
+        logits = self.queries[n, :, m] @ self.keys[n].mT
+        if bias is not None:
+            logits += bias[:, m]
+        if self.outside is not None:
+            logits.masked_fill_(self.outside[n], float("-inf"))
+        return logits.softmax(-1)
+
+
+class _Windowed(torch.autograd.Function):
+    """Softmax attention of query blocks on their key windows; the backward pass forms the logits again.
+
+    q: [B, *blocks, H, queries, D + P], P columns for places along the axes or none. k, v: padded volumes.
+    bias: [H, queries, keys] or None. Returns [B, *blocks, H, queries, E]. Computes in the inputs' dtype, under
+    autocast too; gradients of k, v and bias are summed in float32 at least.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles, masked: bool
+    ) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        with torch.autocast(q.device.type, enabled=False):
+            for slab in _slabs(q, k, v, tiles, masked):
+                part = slab.of(out)
+                for n, m in slab.chunks():
+                    part[n, :, m] = slab.attention(n, m, bias) @ slab.values[n]
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.tiles, ctx.masked = tiles, masked
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, out = ctx.saved_tensors
+        precise = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=precise)
+        grad = grad.contiguous()
+        for slab in _slabs(q, k, v, ctx.tiles, ctx.masked):
+            dkeys = torch.zeros_like(slab.keys[..., : k.shape[-1]], dtype=precise)
+            dvalues = torch.zeros_like(slab.values, dtype=precise)
+            part, dout = slab.of(dq), slab.of(grad)
+            centre = (dout * slab.of(out)).sum(-1, keepdim=True)  # sum of weight x its gradient, per query
+            for n, m in slab.chunks():
+                attention = slab.attention(n, m, bias)
+                dvalues[n] += attention.mT @ dout[n, :, m]
+                dlogits = (dout[n, :, m] @ slab.values[n].mT).sub_(centre[n, :, m]).mul_(attention)
+                part[n, :, m] = dlogits @ slab.keys[n]
+                dkeys[n] += dlogits.mT @ slab.queries[n, :, m, : k.shape[-1]]
+                if dbias is not None:
+                    dbias[:, m] += dlogits.sum(0, dtype=precise)
+            add_windows(dk, dkeys, ctx.tiles, slab.batch, slab.rows)
+            add_windows(dv, dvalues, ctx.tiles, slab.batch, slab.rows)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None if dbias is None else dbias.to(q.dtype), None, None
+
+
+def _slabs(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, masked: bool) -> Iterator[_Slab]:
+    """Walk over all blocks, gathering the key windows of a few at a time."""
+    axes = len(tiles)
+    places = (
+        _places(tiles, q) if q.shape[-1] > k.shape[-1] else q.new_empty(math.prod(t.window for t in tiles), 0)
+    )
+    outside = _outside(tiles, q) if masked else None
+    row = (
+        math.prod(q.shape[2 : axes + 2]) * len(places) * (q.shape[-1] + v.shape[-1])
+    )  # window numbers per row
+    for batch, rows in pieces(q.shape[0], q.shape[1], chunk_size(q) // row):
+        queries = q[batch, rows].flatten(0, axes)
+        keys = windows(k, tiles, batch, rows)
+        yield _Slab(
+            batch,
+            rows,
+            queries,
+            torch.cat([keys, places.expand(*keys.shape[:2], -1, -1)], -1),
+            windows(v, tiles, batch, rows),
+            None if outside is None else outside[batch, rows].flatten(0, axes)[:, None, None],
+        )
+
+
+def _outside(tiles: Tiles, q: Tensor) -> Tensor | None:
+    """Which window positions lie outside the volume, [B, *blocks, keys], or None where none does."""
+    if all(t.before == 0 and t.after_end == 0 for t in tiles):
+        return None
+    outside = torch.zeros(1, 1, dtype=torch.bool, device=q.device)  # [blocks, keys] of the axes so far
+    for t in tiles:
+        one = t.outside(q.device)
+        outside = (outside[:, None, :, None] | one[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    return outside.unflatten(0, [t.blocks for t in tiles]).expand(len(q), *(-1,) * (len(tiles) + 1))
+
+
+def _relative(queries: Tensor, tiles: Tiles, rel: tuple[Tensor, ...]) -> list[Tensor]:
+    """q.rel per axis for every place of that axis in the window, each [B, *blocks, H, queries, window]."""
+    near = queries.unflatten(-2, [t.queries for t in tiles])
+    terms = []
+    for axis, (t, table) in enumerate(zip(tiles, rel, strict=True)):
+        rows = table.to(queries.dtype)[_row(t.offset(queries.device), table.shape[0])]  # [queries, window, D]
+        along = near.movedim(axis - len(tiles) - 1, 0)
+        term = (along.flatten(1, -2) @ rows.mT).unflatten(1, along.shape[1:-1])
+        terms.append(term.movedim(0, axis - len(tiles) - 1).flatten(-len(tiles) - 1, -2))
+    return terms
+
+
+def _places(tiles: Tiles, like: Tensor) -> Tensor:
+    """[keys, sum of window sides]: one where the key stands at that place of that axis."""
+    grid = torch.meshgrid(*(torch.arange(t.window, device=like.device) for t in tiles), indexing="ij")
+    hot = [
+        place.flatten()[:, None] == torch.arange(t.window, device=like.device)
+        for t, place in zip(tiles, grid, strict=True)
+    ]
+    return torch.cat(hot, 1).to(like.dtype)
+
+
+def _pairs(bias: Tensor, tiles: Tiles) -> Tensor:
+    """[H, *R] -> [H, queries, keys] by the offset of every pair."""
+    axes = len(tiles)
+    for axis, t in enumerate(tiles):
+        rows = _row(t.offset(bias.device), bias.shape[1 + 2 * axis])
+        bias = bias.movedim(1 + 2 * axis, 1)[:, rows].movedim((1, 2), (1 + 2 * axis, 2 + 2 * axis))
+    bias = bias.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2))
+    return bias.flatten(1 + axes, -1).flatten(1, axes)
+
+
+def _row(offset: Tensor, rows: int) -> Tensor:
+    """Table row of an offset; offsets outside the table take its first or last row."""
+    return (offset + (rows - 1) // 2).clamp(0, rows - 1)

@@ -1,0 +1,1 @@
+"""Segmentations for other programs: written, read back and compared."""

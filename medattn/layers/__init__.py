@@ -1,0 +1,1 @@
+"""Layers that join the attention operators to networks."""

@@ -1,0 +1,133 @@
+"""The seam between operators and networks: features [B, C, *size] in and out, in two or three dimensions.
+
+A network calls one of the factories (`block_layers`, `axial_layers`) with the channels of the place where attention
+goes and the number of spatial axes; what comes back is a module that keeps the shape. Legend: C channels, H heads,
+D query and key size of a head, E value size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from medattn.layers.position import AxialAttention, BlockAttention
+
+START = (
+    0.02  # standard deviation of the last projection: the layer starts near the identity, yet trains in full
+)
+
+
+class AttentionLayer(nn.Module):
+    """x + project(operator(q, k, v)), q, k and v from the normalised x; any operator of the common layout.
+
+    operator: maps q, k [B, *size, H, D] and v [B, *size, H, E] to [B, *size, H, E].
+
+    Parameters, the operator's aside: 2 C (norm) + C H (2 D + E) (queries, keys, values) + H E C (output).
+    """
+
+    def __init__(
+        self, channels: int, operator: nn.Module, *, heads: int, head_size: int, value_size: int
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.widths = [heads * head_size, heads * head_size, heads * value_size]
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, sum(self.widths), bias=False)
+        self.operator = operator
+        self.out = nn.Linear(heads * value_size, channels, bias=False)
+        nn.init.trunc_normal_(self.qkv.weight, std=channels**-0.5)
+        nn.init.trunc_normal_(self.out.weight, std=START)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, *size, C] -> [B, *size, C]."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)) for part in self.qkv(self.norm(x)).split(self.widths, -1)
+        )
+        return x + self.out(self.operator(q, k, v).flatten(-2))
+
+
+class SpatialAttention(nn.Module):
+    """Attention layers in sequence on features [B, C, *size]; channels go last once, around all of them."""
+
+    def __init__(self, layers: Iterable[AttentionLayer]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, *size] -> [B, C, *size]."""
+        return self.layers(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+
+
+def block_layers(
+    channels: int,
+    spatial_dims: int,
+    *,
+    layers: int = 1,
+    heads: int = 2,
+    head_size: int | None = None,
+    block: int | None = None,
+    halo: int | None = None,
+    relative: bool = True,
+) -> SpatialAttention:
+    """Block attention with a halo, `layers` times with separate weights.
+
+    head_size: channels / (4 heads), at least 4, if None. block: 8 in 2D and 4 in 3D if None. halo: block / 2 if None.
+
+    One layer sees `halo` voxels around its block on every side. Of several layers the first sees the halo after
+    its block only, the second the halo before it only, and so on in turn: the published head-and-neck network
+    (Jiang et al. 2019) stacks two layers with the halo on the same side, which passes context one way; turned
+    around in every second layer it goes both ways, as in that group's later nested-block work, and two one-sided
+    windows are together smaller than one two-sided in 3D ((3b/2)^3 against (2b)^3 keys).
+
+    Parameters per layer, with W = H D: 2 C + 4 C W + spatial_dims * D * (2 (block + halo) - 1), the last term with
+    `relative` only.
+    """
+    size = head_size or max(4, channels // (4 * heads))
+    side = block or (8 if spatial_dims == 2 else 4)
+    reach = side // 2 if halo is None else halo
+    sides = [(reach, reach)] if layers == 1 else [((0, reach), (reach, 0))[i % 2] for i in range(layers)]
+    return SpatialAttention(
+        AttentionLayer(
+            channels,
+            BlockAttention(size, spatial_dims, block=side, halo=sides_of_layer, relative=relative),
+            heads=heads,
+            head_size=size,
+            value_size=size,
+        )
+        for sides_of_layer in sides
+    )
+
+
+def axial_layers(
+    channels: int,
+    spatial_dims: int,
+    *,
+    layers: int = 1,
+    heads: int = 2,
+    head_size: int | None = None,
+    span: int | None = None,
+    rows: int = 63,
+    relative: bool = True,
+) -> SpatialAttention:
+    """Position-sensitive axial attention along every axis in turn, `layers` times with separate weights.
+
+    head_size: of queries and keys, channels / (8 heads), at least 4, if None; values are twice as wide (Axial-DeepLab).
+    span: keys per query along the axis (odd), all if None. rows: of the tables of relative positions (odd).
+
+    The published batch norm over the logits is not here: its place takes the norm before each projection.
+
+    Parameters per axis and layer, with W = H D: 2 C + 6 C W + 4 D rows, the last term with `relative` only.
+    """
+    size = head_size or max(4, channels // (8 * heads))
+    return SpatialAttention(
+        AttentionLayer(
+            channels,
+            AxialAttention(size, 2 * size, axis, rows=rows, span=span, relative=relative),
+            heads=heads,
+            head_size=size,
+            value_size=2 * size,
+        )
+        for _ in range(layers)
+        for axis in range(spatial_dims)
+    )

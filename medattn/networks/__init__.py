@@ -1,0 +1,5 @@
+"""Networks by name: `create(name, ...)`, `names(pattern)`."""
+
+from medattn.networks.registry import create, names
+
+__all__ = ["create", "names"]

@@ -1,0 +1,73 @@
+"""Networks by name. A variant is a small function that chooses numbers; its name is the network's name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+
+from medattn.errors import InputError
+
+Builder = Callable[..., nn.Module]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(build: Builder) -> Builder:
+    """Make `build` available under its function name. A name can be taken once."""
+    name = build.__name__
+    if name in _BUILDERS:
+        raise ValueError(f"network {name!r} is registered twice")
+    _BUILDERS[name] = build
+    return build
+
+
+def names(pattern: str = "*") -> list[str]:
+    """All network names that match a shell pattern, sorted."""
+    _load_families()
+    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """Build a network.
+
+    Segmentation networks take spatial_dims (2 or 3), in_channels and out_channels, and map
+    [B, in_channels, *size] to [B, out_channels, *size]. `medattn networks` lists all names.
+
+    Raises InputError for an unknown name or an option that the network does not have.
+    """
+    try:
+        return builder(name)(**options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        option = str(error).rsplit(" ", 1)[-1]
+        raise InputError(f"network {name!r} has no option {option}") from error
+
+
+def builder(name: str) -> Builder:
+    """The function that builds a network, with its options as parameters."""
+    _load_families()
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, _BUILDERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown network {name!r}{hint} (`medattn networks` lists all)")
+    return _BUILDERS[name]
+
+
+def family(name: str) -> str:
+    """The family of a network: the module that holds it."""
+    return builder(name).__module__.rsplit(".", 1)[-1]
+
+
+def _load_families() -> None:
+    """Import every module of this package once, so that its networks register."""
+    import medattn.networks as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")

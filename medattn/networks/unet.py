@@ -1,0 +1,196 @@
+"""The U-Net in 2D and 3D, plain and with attention in its decoder.
+
+Which attention is a value: a function from channels to a module. The network places it and knows no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from monai.networks.blocks import Convolution, ResidualUnit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medattn.errors import InputError
+from medattn.layers.attention import axial_layers, block_layers
+from medattn.networks.registry import register
+
+Stride = tuple[int, ...]
+MakeAttention = Callable[[int, int], nn.Module]
+
+BACKGROUND_LOGIT = 4.0  # nearly all voxels are background: start from that prior (Lin et al. 2017, section 3.3)
+WIDTHS = (16, 32, 64, 128, 256, 320)  # as in nnU-Net, halved: twice the steps in the same time
+
+
+class UNet(nn.Module):
+    """Encoder-decoder with skip connections; [B, in_channels, *size] -> [B, out_channels, *size].
+
+    strides: per step down, per axis. widths: channels per level, finest first, one more than strides.
+    convs: convolutions per level in the encoder and in the decoder. residual: shortcut around each level's
+    convolutions. norm: "instance" or "batch". attention: built with (channels, spatial_dims) and placed after
+    the decoder levels named in attention_levels (0 is the finest; if None, level 2 or the coarsest above it:
+    at a quarter of the resolution attention costs little and still sees organs, not blurs).
+    full_resolution: if False, the first stride is taken by the first convolution and undone by the last one, so
+    that no feature map has the input's size: most of a CPU's time goes there.
+    deep_supervision: in training mode, return a list of logits, finest first, one per decoder level.
+
+    Sizes need not be multiples of the strides: inputs are padded at the far end and logits cropped back.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        strides: Sequence[Stride | int] = (2, 2, 2, 2),
+        widths: Sequence[int] | None = None,
+        convs: Sequence[int] | None = None,
+        residual: bool = False,
+        norm: str = "instance",
+        attention: MakeAttention | None = None,
+        attention_levels: Sequence[int] | None = None,
+        full_resolution: bool = True,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        steps = [_stride(s, spatial_dims) for s in strides]
+        self.multiple = tuple(math.prod(step[axis] for step in steps) for axis in range(spatial_dims))
+        stem = (1,) * spatial_dims if full_resolution else steps.pop(0)
+        widths = list(widths or WIDTHS[1 - full_resolution :][: len(steps) + 1])
+        if attention_levels is None:
+            attention_levels = (min(2, len(steps) - 1),)
+        counts = list(convs or [1 if full_resolution else 2] + [2] * (len(widths) - 1))
+        _check(spatial_dims, widths, steps, counts, norm, attention_levels if attention else ())
+        self.deep_supervision = deep_supervision
+
+        def stage(inputs: int, width: int, count: int, stride: Stride | int = 1) -> nn.Module:
+            return _stage(spatial_dims, inputs, width, count, stride, norm, residual)
+
+        self.encoder = nn.ModuleList([stage(in_channels, widths[0], counts[0], stem)])
+        for level, step in enumerate(steps, start=1):
+            self.encoder.append(stage(widths[level - 1], widths[level], counts[level], step))
+        self.up, self.decoder, self.attention, self.heads = (nn.ModuleList() for _ in range(4))
+        transposed = nn.ConvTranspose3d if spatial_dims == 3 else nn.ConvTranspose2d
+        for level, step in enumerate(steps):
+            self.up.append(transposed(widths[level + 1], widths[level], step, step))  # type: ignore[arg-type]
+            self.decoder.append(stage(2 * widths[level], widths[level], counts[level]))
+            wanted = attention is not None and level in attention_levels
+            self.attention.append(
+                attention(widths[level], spatial_dims) if attention is not None and wanted else nn.Identity()
+            )
+            if level == 0 or deep_supervision:
+                self.heads.append(transposed(widths[level], out_channels, stem, stem))  # type: ignore[arg-type]
+        for head in self.heads:
+            with torch.no_grad():
+                head.bias[0] += BACKGROUND_LOGIT
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        size = x.shape[2:]
+        if any(padding := _padding(size, self.multiple)):
+            x = F.pad(x, padding, mode="replicate")
+        skips = []
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        logits = []
+        for level in reversed(range(len(self.up))):
+            x = self.decoder[level](torch.cat([self.up[level](x), skips[level]], 1))
+            x = self.attention[level](x)
+            if level == 0 or (self.deep_supervision and self.training):
+                logits.append(self.heads[level](x))
+        finest = logits[-1][(..., *(slice(n) for n in size))]
+        return [finest, *reversed(logits[:-1])] if self.deep_supervision and self.training else finest
+
+
+def _stage(
+    dims: int, inputs: int, width: int, count: int, stride: Stride | int, norm: str, residual: bool
+) -> nn.Module:
+    settings: dict[str, Any] = {
+        "norm": ("instance", {"affine": True}) if norm == "instance" else norm,
+        "act": ("leakyrelu", {"negative_slope": 0.01, "inplace": True}),
+        "adn_ordering": "NA",
+    }
+    if residual:
+        unit: nn.Module = ResidualUnit(dims, inputs, width, strides=stride, subunits=count, **settings)
+        return unit
+    return nn.Sequential(
+        *(
+            Convolution(
+                dims, width if n else inputs, width, strides=1 if n else stride, bias=False, **settings
+            )
+            for n in range(count)
+        )
+    )
+
+
+def _stride(stride: Stride | int, dims: int) -> Stride:
+    return (stride,) * dims if isinstance(stride, int) else tuple(stride)
+
+
+def _padding(size: Sequence[int], multiple: Sequence[int]) -> list[int]:
+    """Arguments of F.pad that bring each axis to a multiple, last axis first."""
+    return [n for s, m in zip(reversed(size), reversed(multiple), strict=True) for n in (0, -s % m)]
+
+
+def _check(
+    dims: int,
+    widths: Sequence[int],
+    steps: Sequence[Stride],
+    counts: Sequence[int],
+    norm: str,
+    levels: Sequence[int],
+) -> None:
+    if dims not in (2, 3):
+        raise InputError(f"spatial_dims is {dims}, expected 2 or 3")
+    if len(steps) != len(widths) - 1 or len(counts) != len(widths):
+        raise InputError(
+            f"{len(widths)} widths need {len(widths) - 1} strides and {len(widths)} convs, "
+            f"found {len(steps)} and {len(counts)}"
+        )
+    if norm not in ("instance", "batch"):
+        raise InputError(f"norm is {norm!r}, expected 'instance' or 'batch'")
+    if outside := [level for level in levels if not 0 <= level < len(steps)]:
+        raise InputError(
+            f"attention_levels {outside} do not exist: the decoder has levels 0 to {len(steps) - 1}"
+        )
+
+
+@register
+def unet(**options: Any) -> UNet:
+    """Plain U-Net, the baseline of every attention network here."""
+    return UNet(**options)
+
+
+@register
+def unet_block(
+    *,
+    heads: int = 2,
+    block: int | None = None,
+    halo: int | None = None,
+    relative: bool = True,
+    layers: int = 1,
+    **options: Any,
+) -> UNet:
+    """U-Net with one layer of local block attention in its decoder (after Jiang et al. 2019)."""
+    make = partial(block_layers, layers=layers, heads=heads, block=block, halo=halo, relative=relative)
+    return UNet(attention=make, **options)
+
+
+@register
+def unet_block2(**options: Any) -> UNet:
+    """U-Net with two layers of block attention, one looking ahead and one looking back."""
+    return unet_block(**{"layers": 2} | options)
+
+
+@register
+def unet_axial(
+    *, heads: int = 2, span: int | None = None, relative: bool = True, layers: int = 1, **options: Any
+) -> UNet:
+    """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
+    make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
+    return UNet(attention=make, **options)

@@ -1,0 +1,1 @@
+"""Reports for people and for programs: tables, figures and one offline HTML page."""

@@ -1,0 +1,185 @@
+"""A trained network with all it needs to segment a volume, and the folder it lives in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medattn.atomic import atomic_path, write_text
+from medattn.data.plan import Plan
+from medattn.data.prepare import AIR, prepare_image, prepared_geometry
+from medattn.errors import InputError
+from medattn.geometry import Array
+from medattn.inference.postprocess import keep_largest
+from medattn.inference.sliding import Predict, label_map, slide
+from medattn.inference.tta import with_flip
+from medattn.io import Volume
+from medattn.labels import LabelSet
+from medattn.networks import create
+from medattn.networks.registry import family
+from medattn.networks.slicewise import SliceWise
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is run.
+
+    overlap: share of a tile that its neighbour repeats. flips: average with the left-right mirrored input.
+    keep_largest: one connected component per organ. batch_size: tiles at once.
+    """
+
+    overlap: float = 0.5
+    flips: bool = True
+    keep_largest: bool = True
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Everything but the weights.
+
+    labels: voxel value -> organ name of the training data, which predictions use too. mirror: organ -> organ
+    under a left-right flip, or None where a flip is impossible. provenance: how the model came to be.
+    """
+
+    network: str
+    spatial_dims: int
+    options: Mapping[str, Any]
+    plan: Plan
+    labels: Mapping[int, str]
+    label_set: str
+    mirror: tuple[int, ...] | None
+    settings: Settings = field(default_factory=Settings)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights: [B, 1, i, j, k] -> [B, 1 + organs, i, j, k] in 2D and 3D alike."""
+        options: dict[str, Any] = dict(self.options)
+        if family(self.network) == "unet":  # image networks have a published shape; U-Nets follow the plan
+            options = {"strides": [s[: self.spatial_dims] for s in self.plan.strides]} | options
+        network = create(
+            self.network,
+            spatial_dims=self.spatial_dims,
+            in_channels=1,
+            out_channels=1 + len(self.plan.organs),
+            **options,
+        )
+        return SliceWise(network) if self.spatial_dims == 2 else network
+
+
+class Segmenter:
+    """Volumes in, label maps on the volumes' own grids out."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        network: nn.Module,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.card, self.device, self.precision = card, device, precision
+        self.network = network.to(device).eval()
+
+    def segment(self, volume: Volume) -> Array:
+        """The label map of a CT volume in HU: uint8 [i, j, k], axes as in the file.
+
+        Values are those of `card.labels`.
+        """
+        plan, settings = self.card.plan, self.card.settings
+        grid, turn = prepared_geometry(volume.geometry, plan.spacing_mm)
+        image = prepare_image(volume, plan).to(self.device)
+        predict: Predict = self._predict
+        if settings.flips and self.card.mirror is not None:
+            predict = with_flip(predict, self.card.mirror)
+        slabs = slide(
+            image,
+            predict,
+            plan.patch_size,
+            classes=1 + len(plan.organs),
+            air=AIR,
+            overlap=settings.overlap,
+            batch_size=settings.batch_size,
+        )
+        canonical, _ = volume.geometry.canonical()
+        channels = label_map(slabs, grid.size[2], canonical.size).numpy()
+        if settings.keep_largest:
+            channels = keep_largest(channels, range(1, 1 + len(plan.organs)))
+        return turn.undo(self._values()[channels])
+
+    def _predict(self, tiles: Tensor) -> Tensor:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16),
+        ):
+            logits: Tensor = self.network(tiles)
+        return logits
+
+    def _values(self) -> Array:
+        """Channel -> voxel value in the training data's labels.json."""
+        value_of = {name: value for value, name in self.card.labels.items()}
+        return np.array([0, *(value_of[organ] for organ in self.card.plan.organs)], dtype=np.uint8)
+
+
+def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors` and `model.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
+    write_text(folder / "model.json", json.dumps({"format": FORMAT} | asdict(card), indent=1) + "\n")
+
+
+def load_model(folder: Path) -> tuple[ModelCard, nn.Module]:
+    """Read what `save_model` wrote. Raises InputError where the folder is no model or is damaged."""
+    try:
+        content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(
+            f"{folder}: no model here (model.json is missing); give the `model` folder of a run"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / 'model.json'}: not readable as JSON ({error})") from None
+    if content.pop("format", None) != FORMAT:
+        raise InputError(
+            f"{folder / 'model.json'}: written by another version of medattn, expected format {FORMAT}"
+        )
+    content["plan"] = read_plan(content["plan"])
+    content["labels"] = {int(value): name for value, name in content["labels"].items()}
+    content["mirror"] = None if content["mirror"] is None else tuple(content["mirror"])
+    content["settings"] = Settings(**content["settings"])
+    card = ModelCard(**content)
+    network = card.build()
+    try:
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{folder / 'model.safetensors'}: does not hold the weights of {card.network} ({reason})"
+        ) from None
+    return card, network
+
+
+def read_plan(content: Mapping[str, Any]) -> Plan:
+    """A Plan from its JSON form."""
+    triples = {name: tuple(content[name]) for name in ("organs", "spacing_mm", "patch_size", "window_hu")}
+    strides = tuple(tuple(stride) for stride in content["strides"])
+    return Plan(**{**content, **triples, "strides": strides})
+
+
+def mirror_of(label_set: LabelSet, organs: Sequence[str]) -> tuple[int, ...] | None:
+    """`LabelSet.mirror`, or None where an organ has a side but its pair is not among the organs."""
+    try:
+        return label_set.mirror(organs)
+    except InputError:
+        label_set.resolve(organs)  # unknown names are still an error
+        return None

@@ -1,0 +1,180 @@
+"""The arguments of each subcommand."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
+
+SEGMENTATION_FORMATS = ("seg.nrrd",)
+
+
+def phantom(parser: ArgumentParser) -> None:
+    """OUT --cases --size --seed"""
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="folder to write; new, empty, or of practice cases"
+    )
+    parser.add_argument(
+        "--cases", type=_positive, default=24, metavar="N", help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=_positive,
+        default=96,
+        metavar="S",
+        help="voxels per axis in plane (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="K", help="another seed, other patients (default: %(default)s)"
+    )
+
+
+def import_(parser: ArgumentParser) -> None:
+    """KIND SOURCE OUT --labels --contoured --drop-unknown --validation --seed"""
+    parser.add_argument("kind", choices=("nifti", "nnunet", "openkbp"), metavar="KIND", help="see below")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder to read")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write in medattn's case layout")
+    _label_set(parser)
+    parser.add_argument(
+        "--contoured",
+        choices=("present", "all"),
+        default="present",
+        help="organs of a label map that count as drawn: those with voxels, or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-unknown", action="store_true", help="leave out organs unknown to the label set"
+    )
+    parser.add_argument(
+        "--validation",
+        type=_share,
+        default=0.15,
+        metavar="SHARE",
+        help="share of patients held out where the source has no split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="K", help="seed of that draw (default: %(default)s)"
+    )
+
+
+def check(parser: ArgumentParser) -> None:
+    """DATA --repair --labels --workers"""
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder in medattn's case layout")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="list organs with voxels in a label map as contoured in cases.json, then check again",
+    )
+    _label_set(parser)
+    _workers(parser)
+
+
+def train(parser: ArgumentParser) -> None:
+    """CONFIG [a.b=c ...] [--resume | --overwrite]"""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/hn_ct.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="a.b=c",
+        help="replaces a field of the config; the value is YAML",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="continue the run in run.dir where it stopped"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in run.dir and start anew")
+
+
+def predict(parser: ArgumentParser) -> None:
+    """MODEL INPUT... --output --export --device"""
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="a run's model folder, such as runs/hn_ct/model"
+    )
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", metavar="INPUT", help="a volume, a case folder, or a folder of them"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for <case>.nii.gz")
+    parser.add_argument(
+        "--export",
+        action="extend",
+        nargs="+",
+        choices=SEGMENTATION_FORMATS,
+        default=[],
+        metavar="FORMAT",
+        help=f"write these too: {', '.join(SEGMENTATION_FORMATS)}",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+
+
+def evaluate(parser: ArgumentParser) -> None:
+    """--prediction --reference --output --baseline --task --labels --workers"""
+    parser.add_argument(
+        "--prediction", type=Path, required=True, metavar="P", help="folder of <case>.nii.gz with labels.json"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        required=True,
+        metavar="R",
+        help="folder of case folders with label.nii.gz, or of <case>.nii.gz, with labels.json",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
+    parser.add_argument("--baseline", type=Path, metavar="P2", help="another prediction to compare with")
+    parser.add_argument(
+        "--task", choices=("volumes",), default="volumes", help="what the folders hold (default: %(default)s)"
+    )
+    _label_set(parser)
+    _workers(parser)
+
+
+def export(parser: ArgumentParser) -> None:
+    """SEGMENTATION --as --output --labels"""
+    parser.add_argument(
+        "segmentation", type=Path, metavar="SEGMENTATION", help="label map with labels.json beside it"
+    )
+    parser.add_argument(
+        "--as", dest="format", required=True, choices=SEGMENTATION_FORMATS, help="format to write"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write")
+    _label_set(parser)
+
+
+def networks(parser: ArgumentParser) -> None:
+    """--json"""
+    parser.add_argument("--json", action="store_true", help="print a JSON list for programs")
+
+
+def _label_set(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels",
+        default="hn_oar",
+        metavar="SET",
+        help="packaged label set or the path of a label-set YAML (default: %(default)s)",
+    )
+
+
+def _workers(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="cases read at a time (default: %(default)s)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 0.9:
+        raise ArgumentTypeError(f"expected a share from 0 to 0.9, got {text!r}")
+    return share

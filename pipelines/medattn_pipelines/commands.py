@@ -1,0 +1,257 @@
+"""The subcommands. What a handler needs is imported when it runs, so that `medattn --help` stays instant."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from signal import Signals
+from typing import TYPE_CHECKING
+
+from medattn_pipelines import arguments
+
+if TYPE_CHECKING:
+    from medattn.data.check import Checkup
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. run: returns the exit code. purpose, examples and notes make its help."""
+
+    purpose: str
+    examples: tuple[str, ...]
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+    notes: Callable[[], str] = str
+
+
+def phantom(args: Namespace) -> int:
+    """Write practice cases."""
+    from medattn.data.phantom import write_phantoms
+    from medattn_pipelines.progress import case_progress
+
+    with case_progress("Practice cases", args.cases) as tick:
+        write_phantoms(
+            args.out, cases=args.cases, size=args.size, seed=args.seed, on_case=lambda done, total: tick()
+        )
+    print(f"{args.cases} practice cases in {args.out}")
+    return 0
+
+
+def import_(args: Namespace) -> int:
+    """Import cases and say what came of it."""
+    from medattn.labels import LabelSet
+    from medattn_pipelines.importers import import_cases
+    from medattn_pipelines.progress import case_progress
+
+    with case_progress("Importing") as tick:
+        summary = import_cases(
+            args.kind,
+            args.source,
+            args.out,
+            label_set=LabelSet.load(args.labels),
+            validation=args.validation,
+            seed=args.seed,
+            contoured=args.contoured,
+            drop_unknown=args.drop_unknown,
+            on_case=tick,
+        )
+    print(summary)
+    return 0
+
+
+def check(args: Namespace) -> int:
+    """Print a table of findings; 1 if there is an error among them."""
+    from medattn.data.cases import read_cases
+    from medattn.data.check import check_cases
+    from medattn.data.repair import complete_contoured
+    from medattn.labels import LabelSet
+    from medattn_pipelines.progress import case_progress, print_table
+
+    label_set = LabelSet.load(args.labels)
+
+    def examine() -> Checkup:
+        folder = read_cases(args.data)
+        with case_progress("Reading cases", len(folder.cases)) as tick:
+            return check_cases(folder, label_set, workers=args.workers, on_case=tick)
+
+    checkup = examine()
+    if args.repair and (added := complete_contoured(args.data, checkup.fingerprints)):
+        rows = [(case, ", ".join(organs)) for case, organs in added.items()]
+        print_table(f"Added to contoured in {args.data}", ("case", "organs"), rows)
+        checkup = examine()
+    if findings := [(f.case, f.severity, f.cause, f.repair) for f in checkup.findings]:
+        print_table(f"Findings in {args.data}", ("case", "severity", "cause", "repair"), findings)
+    errors = sum(finding.severity == "error" for finding in checkup.findings)
+    print(f"{args.data}: errors: {errors}, warnings and notes: {len(findings) - errors}")
+    return 1 if errors else 0
+
+
+def train(args: Namespace) -> int:
+    """Train; 128 plus the signal's number if a signal ended it."""
+    from medattn_pipelines.configfile import load
+
+    config = load(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    from medattn_pipelines.volumes import train as train_volumes
+
+    run, reason = train_volumes(config, resume=args.resume, overwrite=args.overwrite)
+    if reason in Signals.__members__:
+        print(f"stopped by {reason}; the same command with --resume continues {run}")
+        return 128 + Signals[reason]
+    print(f"model:  {run / 'model'}\nreport: {run / 'report' / 'report.html'}")
+    return 0
+
+
+def predict(args: Namespace) -> int:
+    """Segment volumes."""
+    from medattn_pipelines.volumes import predict as predict_volumes
+
+    predict_volumes(args.model, args.inputs, args.output, export=args.export, device=args.device)
+    print(f"segmentations: {args.output}")
+    return 0
+
+
+def evaluate(args: Namespace) -> int:
+    """Score predictions, print the means and write the report."""
+    from medattn_pipelines.evaluation import evaluate as evaluate_folders
+    from medattn_pipelines.progress import case_progress, print_scores
+
+    with case_progress("Measuring") as tick:
+        evaluation = evaluate_folders(
+            args.prediction,
+            args.reference,
+            args.output,
+            label_set=args.labels,
+            baseline=args.baseline,
+            workers=args.workers,
+            on_case=tick,
+        )
+    print_scores(f"{args.prediction} against {args.reference}", evaluation.summary)
+    print(f"report: {args.output / 'report.html'}")
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """Write a label map in another format."""
+    from medattn.data.cases import read_labels
+    from medattn.export.slicer import write_seg_nrrd
+    from medattn.io import read_volume
+    from medattn.labels import LabelSet
+
+    volume, label_set = read_volume(args.segmentation), LabelSet.load(args.labels)
+    names = read_labels(args.segmentation.parent / "labels.json")
+    organs = {value: label_set.describe(name) for value, name in names.items()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_seg_nrrd(args.output, volume.array, volume.geometry, organs)
+    print(args.output)
+    return 0
+
+
+def networks(args: Namespace) -> int:
+    """List networks with their families and parameter counts; nothing is allocated."""
+    import torch
+
+    from medattn.networks import create, names
+    from medattn.networks.registry import family
+    from medattn_pipelines.progress import print_table
+
+    rows = []
+    for name in names():
+        with torch.device("meta"):
+            network = create(name, spatial_dims=3, in_channels=1, out_channels=8)
+        rows.append((name, family(name), sum(weight.numel() for weight in network.parameters())))
+    if args.json:
+        keys = ("name", "family", "parameters")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1))
+    else:
+        print_table("", ("name", "family", "parameters (3D, 1 channel in, 8 out)"), rows)
+    return 0
+
+
+def _train_notes() -> str:
+    from medattn_pipelines.configfile import explain
+
+    return (
+        "Ctrl-C or SIGTERM saves a checkpoint and stops; --resume continues from it.\n\n"
+        f"fields of a config, with their defaults:\n{explain()}"
+    )
+
+
+IMPORT_KINDS = """\
+kinds:
+  nifti    a folder per patient: image.nii.gz with label.nii.gz, or with one mask file per organ
+  nnunet   nnU-Net's raw layout: dataset.json, imagesTr/, labelsTr/
+  openkbp  the public OpenKBP layout: a folder per patient with ct.csv, voxel_dimensions.csv, <organ>.csv"""
+
+CHECK_CODES = """\
+exit code: 0 without errors (warnings and notes may remain), 1 with errors, 2 if the folder cannot be read"""
+
+COMMANDS = {
+    "phantom": Command(
+        "Write practice cases: synthetic head-and-neck CT with contours.",
+        ("medattn phantom data/hn_ct", "medattn phantom data/tiny --cases 4 --size 48 --seed 7"),
+        arguments.phantom,
+        phantom,
+    ),
+    "import": Command(
+        "Bring cases from another layout into medattn's.",
+        (
+            "medattn import nifti ~/patients data/ours",
+            "medattn import nnunet ~/nnUNet_raw/Dataset001_HN data/hn",
+            "medattn import openkbp ~/open-kbp/provided-data/train-pats data/hn_ct",
+        ),
+        arguments.import_,
+        import_,
+        lambda: IMPORT_KINDS,
+    ),
+    "check": Command(
+        "Examine a folder of cases: every finding with its cause and its repair.",
+        ("medattn check data/hn_ct", "medattn check data/hn_ct --repair"),
+        arguments.check,
+        check,
+        lambda: CHECK_CODES,
+    ),
+    "train": Command(
+        "Train a network by a config file; writes a run folder with model and report.",
+        (
+            "medattn train configs/hn_ct.yaml",
+            "medattn train configs/hn_ct.yaml network.name=unet_axial run.dir=runs/axial",
+            "medattn train configs/hn_ct.yaml training.max_minutes=10 --overwrite",
+            "medattn train configs/hn_ct.yaml --resume",
+        ),
+        arguments.train,
+        train,
+        _train_notes,
+    ),
+    "predict": Command(
+        "Segment volumes with a trained model, on their own grids.",
+        (
+            "medattn predict runs/hn_ct/model scan.nii.gz --output out",
+            "medattn predict runs/hn_ct/model data/hn_ct --output out --export seg.nrrd",
+        ),
+        arguments.predict,
+        predict,
+    ),
+    "evaluate": Command(
+        "Compare segmentations with references: Dice, surface distances, volumes, report.",
+        (
+            "medattn evaluate --prediction out --reference data/hn_ct --output report",
+            "medattn evaluate --prediction out --reference data/hn_ct --output report --baseline other",
+        ),
+        arguments.evaluate,
+        evaluate,
+    ),
+    "export": Command(
+        "Write a segmentation for other programs, with names, colours and codes.",
+        ("medattn export out/case_1.nii.gz --as seg.nrrd --output case_1.seg.nrrd",),
+        arguments.export,
+        export,
+    ),
+    "networks": Command(
+        "List the networks: names, families, parameter counts.",
+        ("medattn networks", "medattn networks --json"),
+        arguments.networks,
+        networks,
+    ),
+}

@@ -1,0 +1,353 @@
+"""Volumes end to end: train a network on a folder of cases, and segment volumes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from medattn.training.tracking import Tracker
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medattn import __version__
+from medattn.atomic import atomic_path, write_text
+from medattn.data.augment import Augmentation
+from medattn.data.cases import CaseFolder, assign_splits, read_cases, write_labels
+from medattn.data.check import check_cases, require_clean
+from medattn.data.plan import Plan, make_plan
+from medattn.data.sampling import Batch, PatchSampler
+from medattn.data.store import Prepared, prepare_cases
+from medattn.errors import InputError
+from medattn.export.slicer import write_seg_nrrd
+from medattn.io import Volume, read_volume, write_volume
+from medattn.io.volume import SUFFIXES, volume_stem
+from medattn.labels import LabelSet
+from medattn.losses import segmentation_loss
+from medattn.metrics import dice
+from medattn.networks.registry import family
+from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, mirror_of, read_plan, save_model
+from medattn.training.checkpoint import load_checkpoint, save_checkpoint
+from medattn.training.loop import Limits, Schedule, State, averaged_model, fit
+from medattn_pipelines.config import Config
+from medattn_pipelines.configfile import flatten
+from medattn_pipelines.evaluation import evaluate
+from medattn_pipelines.progress import case_progress, training_progress
+from medattn_pipelines.runs import choose_device, choose_precision, open_run
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, str]:
+    """Train a network and report on the validation cases; returns the run folder and why training ended.
+
+    The run folder gets config.yaml, plan.json, metrics.jsonl, checkpoints/ and, unless a signal ended the
+    training, model/, predictions/ and report/. Raises InputError for unusable data, for a run folder that
+    exists (unless resume or overwrite) and when training diverges.
+    """
+    started = time.monotonic()
+    run = open_run(config, resume=resume, overwrite=overwrite)
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device)
+    folder, plan = plan_data(config, run)
+    card = describe_model(config, folder, plan)
+    with case_progress("Preparing", len(folder.split("train"))) as on_case:
+        prepared = prepare_cases(
+            folder.split("train"),
+            folder.labels,
+            plan,
+            config.data.cache or run.parent / "prepared",
+            workers=config.data.workers,
+            on_case=on_case,
+        )
+    torch.manual_seed(config.seed)
+    network = card.build().to(device)
+    averaged = averaged_model(network, config.training.ema_decay)
+    optimizer = make_optimizer(config, network)
+    state = State()
+    if resume:
+        load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
+    # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
+    quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
+    segmenter = Segmenter(quick, averaged.module, device, precision)
+    best = run / "checkpoints/best.safetensors"
+
+    with (
+        Tracker(
+            run,
+            name=run.name,
+            parameters=flatten(config),
+            mirror=config.run.tracking,
+            resume_step=state.step if resume else None,
+        ) as tracker,
+        training_progress(config.training.steps) as show,
+    ):
+
+        def on_step(values: Mapping[str, float]) -> None:
+            note = f"Dice {state.best:.3f} at step {state.best_step}" if state.best_step else ""
+            show(state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
+            if state.step % config.training.log_every == 0:
+                tracker.log(state.step, **values)
+
+        def validate() -> float:
+            scores = validation_dice(segmenter, folder, plan.organs)
+            mean = fmean(scores.values())
+            tracker.log(state.step, validation_dice=mean, **{f"dice/{k}": v for k, v in scores.items()})
+            return mean
+
+        reason = fit(
+            network,
+            training_batches(config, card, prepared, device, state.step),
+            loss_function(device, precision),
+            optimizer,
+            Schedule(config.training.learning_rate, config.training.warmup_steps, config.training.schedule),
+            averaged=averaged,
+            state=state,
+            limits=make_limits(config),
+            clip=config.training.gradient_clip,
+            on_step=on_step,
+            validate=validate,
+            keep_best=lambda: keep_weights(best, averaged.module),
+            save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
+            started=started,
+        )
+        if not reason.startswith("SIG"):
+            finish(run, card, state, best, folder, device, precision)
+            tracker.artifact(run / "report")
+            tracker.artifact(run / "model")
+    return run, reason
+
+
+def predict(
+    model: Path, inputs: Sequence[Path], output: Path, *, export: Sequence[str] = (), device: str = "auto"
+) -> None:
+    """Segment volumes on their own grids: `<case>.nii.gz` each, `labels.json` and a manifest `report.json`.
+
+    inputs: volume files, case folders, or folders of either. export: formats written beside each label map.
+    Raises InputError for inputs that cannot be read or that would get the same name.
+    """
+    volumes = find_volumes(inputs)
+    chosen = choose_device(device)
+    card, network = load_model(model)
+    segmenter = Segmenter(card, network, chosen, choose_precision("auto", chosen))
+    segment_all(segmenter, volumes, output, export=export)
+
+
+def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
+    """The checked cases with a split each, and the plan: the run's own if it has one, else a new one."""
+    folder = read_cases(config.data.root)
+    label_set = LabelSet.load(config.data.label_set)
+    with case_progress("Reading cases", len(folder.cases)) as on_case:
+        checkup = check_cases(folder, label_set, workers=max(1, config.data.workers), on_case=on_case)
+    require_clean(checkup.findings)
+    cases = assign_splits(folder.cases, validation=config.data.validation, seed=config.seed)
+    folder = dataclasses.replace(folder, cases=cases)
+    for split in ("train", "validation"):
+        if not folder.split(split):
+            raise InputError(
+                f"{folder.root}: no case for {split}; set 'split' in cases.json or data.validation"
+            )
+    organs = config.data.organs or list(folder.labels.values())
+    if unknown := sorted(set(organs) - set(folder.labels.values())):
+        raise InputError(
+            f"data.organs: {unknown} not in {folder.root / 'labels.json'} {list(folder.labels.values())}"
+        )
+    if (run / "plan.json").is_file():
+        return folder, read_plan(json.loads((run / "plan.json").read_text()))
+    training = {case.name for case in folder.split("train")}
+    plan = make_plan(
+        [fingerprint for fingerprint in checkup.fingerprints if fingerprint.case in training],
+        organs,
+        spacing_mm=config.data.spacing_mm,
+        patch_size=config.data.patch_size,
+        window_hu=config.data.window_hu,
+    )
+    write_text(run / "plan.json", json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
+    return folder, plan
+
+
+def describe_model(config: Config, folder: CaseFolder, plan: Plan) -> ModelCard:
+    """All of a model but its weights, from the config and the data."""
+    label_set = LabelSet.load(config.data.label_set)
+    options = dict(config.network.options)
+    if family(config.network.name) == "unet":
+        options = {"deep_supervision": config.training.deep_supervision} | options
+    return ModelCard(
+        network=config.network.name,
+        spatial_dims=config.network.spatial_dims,
+        options=options,
+        plan=plan,
+        labels=folder.labels,
+        label_set=config.data.label_set,
+        mirror=mirror_of(label_set, plan.organs),
+        settings=Settings(**config.inference.model_dump()),
+    )
+
+
+def make_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.99."""
+    training = config.training
+    rate, decay = training.learning_rate, training.weight_decay
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), rate, momentum=0.99, nesterov=True, weight_decay=decay)
+    return torch.optim.AdamW(network.parameters(), rate, weight_decay=decay)
+
+
+def make_limits(config: Config) -> Limits:
+    """When the loop stops and what it does in between."""
+    training = config.training
+    return Limits(
+        steps=training.steps,
+        max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
+        patience=training.patience,
+        validate_every=training.validate_every,
+        save_every=training.save_every,
+    )
+
+
+def training_batches(
+    config: Config, card: ModelCard, cases: Sequence[Prepared], device: torch.device, start: int
+) -> Iterator[Batch]:
+    """Augmented batches on the device, from step `start` on; each a function of seed and step alone."""
+    sampler = PatchSampler(
+        cases,
+        card.plan.patch_size,
+        config.training.batch_size,
+        config.training.foreground_share,
+        config.seed,
+    )
+    changes = config.augment.model_dump()
+    augment = Augmentation(card.plan.spacing_mm, card.mirror, **changes) if changes.pop("enabled") else None
+    for step, batch in enumerate(sampler.batches(start, config.data.workers), start):
+        moved = batch.to(device)
+        yield augment(moved, seed=config.seed, step=step) if augment else moved
+
+
+def loss_function(device: torch.device, precision: torch.dtype) -> Callable[[nn.Module, Batch], Tensor]:
+    """Forward pass and loss; the network under autocast, the loss in float32."""
+
+    def loss_of(network: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            outputs = network(batch.image)
+        return segmentation_loss(outputs, batch.label, batch.drawn)
+
+    return loss_of
+
+
+def validation_dice(segmenter: Segmenter, folder: CaseFolder, organs: Sequence[str]) -> dict[str, float]:
+    """Mean Dice per organ over the validation cases that someone contoured it in, on the cases' own grids."""
+    scores: dict[str, list[float]] = {organ: [] for organ in organs}
+    value_of = {name: value for value, name in folder.labels.items()}
+    for case in folder.split("validation"):
+        predicted = segmenter.segment(read_volume(case.image))
+        reference = read_volume(case.label).array
+        for organ in set(organs) & set(case.contoured):
+            scores[organ].append(dice(predicted == value_of[organ], reference == value_of[organ]))
+    means = {organ: fmean(values) for organ, values in scores.items() if values}
+    if not means:
+        raise InputError(f"{folder.root}: no validation case has a contoured organ of {list(organs)}")
+    return means
+
+
+def keep_weights(path: Path, network: nn.Module) -> None:
+    """Write a network's weights, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, temporary)
+
+
+def finish(
+    run: Path,
+    card: ModelCard,
+    state: State,
+    best: Path,
+    folder: CaseFolder,
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """Write model/ from the best weights, segment the validation cases with it and report."""
+    provenance = {
+        "medattn": __version__,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "validation_dice": state.best,
+        "seconds": round(state.seconds),
+        "train_cases": len(folder.split("train")),
+        "validation_cases": len(folder.split("validation")),
+    }
+    save_model(run / "model", dataclasses.replace(card, provenance=provenance), load_file(best))
+    card, network = load_model(run / "model")
+    volumes = {case.name: case.image for case in folder.split("validation")}
+    segment_all(Segmenter(card, network, device, precision), volumes, run / "predictions")
+    with case_progress("Measuring", len(volumes)) as on_case:
+        evaluate(run / "predictions", folder.root, run / "report", label_set=card.label_set, on_case=on_case)
+
+
+def segment_all(
+    segmenter: Segmenter, volumes: Mapping[str, Path], output: Path, *, export: Sequence[str] = ()
+) -> None:
+    """Segment named volumes into a folder."""
+    card = segmenter.card
+    organs = LabelSet.load(card.label_set)
+    output.mkdir(parents=True, exist_ok=True)
+    write_labels(
+        output / "labels.json", {v: name for v, name in card.labels.items() if name in card.plan.organs}
+    )
+    manifest = []
+    with case_progress("Segmenting", len(volumes)) as on_case:
+        for name, path in volumes.items():
+            begun = time.perf_counter()
+            volume = read_volume(path)
+            labels = segmenter.segment(volume)
+            write_volume(output / f"{name}.nii.gz", Volume(labels, volume.geometry))
+            if "seg.nrrd" in export:
+                described = {v: organs.describe(n) for v, n in card.labels.items() if n in card.plan.organs}
+                write_seg_nrrd(output / f"{name}.seg.nrrd", labels, volume.geometry, described)
+            seconds = round(time.perf_counter() - begun, 2)
+            manifest.append(
+                {"case": name, "source": str(path), "size": volume.geometry.size, "seconds": seconds}
+            )
+            on_case(name)
+    content = {
+        "medattn": __version__,
+        "torch": torch.__version__,
+        "device": str(segmenter.device),
+        "network": card.network,
+        "cases": manifest,
+    }
+    write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
+
+
+def find_volumes(inputs: Sequence[Path]) -> dict[str, Path]:
+    """Case name -> volume file for files, case folders and folders of either, in order."""
+    found: dict[str, Path] = {}
+    problems = []
+    for given in inputs:
+        volumes = _volumes(given)
+        if not volumes:
+            problems.append(
+                f"{given}: no volume here; expected {', '.join(SUFFIXES)} or case folders with image.nii.gz"
+            )
+        for path in volumes:
+            stem = volume_stem(path)
+            name = path.resolve().parent.name if stem == "image" else stem
+            if found.setdefault(name, path) != path:
+                problems.append(
+                    f"{path}: would be called {name} like {found[name]}; rename one or run them apart"
+                )
+    if problems:
+        raise InputError(*problems)
+    return found
+
+
+def _volumes(given: Path) -> list[Path]:
+    if given.is_file():
+        return [given]
+    for suffix in SUFFIXES:
+        if (given / f"image{suffix}").is_file():
+            return [given / f"image{suffix}"]
+    entries = sorted(given.iterdir()) if given.is_dir() else []
+    files = [path for path in entries if path.name.endswith(SUFFIXES) and not path.name.startswith(".")]
+    return files or [found for path in entries if path.is_dir() for found in _volumes(path)]
