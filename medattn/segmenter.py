@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from medattn.inference.postprocess import keep_largest
 from medattn.inference.sliding import Predict, label_map, slide
 from medattn.inference.tta import with_flip
 from medattn.io import Volume
-from medattn.labels import LabelSet
+from medattn.labels import Organ
 from medattn.networks import create
 from medattn.networks.registry import family
 from medattn.networks.slicewise import SliceWise
@@ -49,8 +49,9 @@ class Settings:
 class ModelCard:
     """Everything but the weights.
 
-    labels: voxel value -> organ name of the training data, which predictions use too. mirror: organ -> organ
-    under a left-right flip, or None where a flip is impossible. provenance: how the model came to be.
+    labels: voxel value -> organ name of the training data, which predictions use too. organs: by those names,
+    what the label set said of them. mirror: organ -> organ under a left-right flip, None for a model that is
+    never flipped. provenance: how the model came to be.
     """
 
     network: str
@@ -58,7 +59,7 @@ class ModelCard:
     options: Mapping[str, Any]
     plan: Plan
     labels: Mapping[int, str]
-    label_set: str
+    organs: Mapping[str, Organ]
     mirror: tuple[int, ...] | None
     settings: Settings = field(default_factory=Settings)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +157,7 @@ def load_model(folder: Path) -> tuple[ModelCard, nn.Module]:
     content["plan"] = read_plan(content["plan"])
     content["labels"] = {int(value): name for value, name in content["labels"].items()}
     content["mirror"] = None if content["mirror"] is None else tuple(content["mirror"])
+    content["organs"] = {name: _organ(fields) for name, fields in content["organs"].items()}
     content["settings"] = Settings(**content["settings"])
     card = ModelCard(**content)
     network = card.build()
@@ -176,10 +178,5 @@ def read_plan(content: Mapping[str, Any]) -> Plan:
     return Plan(**{**content, **triples, "strides": strides})
 
 
-def mirror_of(label_set: LabelSet, organs: Sequence[str]) -> tuple[int, ...] | None:
-    """`LabelSet.mirror`, or None where an organ has a side but its pair is not among the organs."""
-    try:
-        return label_set.mirror(organs)
-    except InputError:
-        label_set.resolve(organs)  # unknown names are still an error
-        return None
+def _organ(fields: Mapping[str, Any]) -> Organ:
+    return Organ(**{**fields, "aliases": tuple(fields["aliases"]), "color": tuple(fields["color"])})

@@ -28,7 +28,7 @@ def test_loss_of_a_fully_drawn_batch_is_dice_plus_cross_entropy() -> None:
     p = LOGITS.softmax(1)
     dice = []
     for organ in (1, 2, 3):
-        mask = (LABELS == organ).double()
+        mask = (organ == LABELS).double()
         dice.append((2 * (p[:, organ] * mask).sum() + 1) / (p[:, organ].sum() + mask.sum() + 1))
     expected = 1 - sum(dice) / 3 + F.cross_entropy(LOGITS, LABELS)
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)

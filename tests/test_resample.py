@@ -25,7 +25,9 @@ def test_enlarging_equals_torch_trilinear(size: tuple[int, ...], factor: tuple[i
 def test_shrinking_equals_torch_antialiased_bilinear(before: tuple[int, int], after: tuple[int, int]) -> None:
     image = torch.randn(1, 1, *before, generator=torch.Generator().manual_seed(2))
     expected = F.interpolate(image, size=after, mode="bilinear", align_corners=False, antialias=True)
-    torch.testing.assert_close(resample(image[0, ..., None], [*after, 1])[..., 0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        resample(image[0, ..., None], [*after, 1])[..., 0], expected[0], atol=1e-5, rtol=1e-5
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -61,7 +63,7 @@ def test_labels_on_the_same_grid_are_untouched() -> None:
 
 
 def test_a_thin_cord_survives_a_coarser_grid() -> None:
-    """A cord of 3 x 3 voxels at a third of the resolution would vanish or double with nearest-neighbour picking."""
+    """3 x 3 voxels at a third of the resolution would vanish or double with nearest-neighbour picking."""
     labels = torch.zeros(30, 30, 30, dtype=torch.uint8)
     labels[12:15, 15:18] = 1
     small = resample_labels(labels, (10, 10, 30), (1,))

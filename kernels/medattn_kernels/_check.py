@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,17 @@ def check_table(name: str, table: Tensor, width: int, q: Tensor) -> None:
     check_parameter(name, table, q)
 
 
+def check_bias(name: str, bias: Tensor, axes: int, q: Tensor) -> None:
+    """Check a table of position biases [H, *R]: one odd R per axis, floating point, on q's device."""
+    heads = q.shape[-2]
+    if bias.ndim != 1 + axes or bias.shape[0] != heads or any(rows % 2 == 0 for rows in bias.shape[1:]):
+        raise ValueError(
+            f"{name} must be [{heads}, {', '.join(['R'] * axes)}] (heads, an odd R per axis), "
+            f"got {shape(bias)}"
+        )
+    check_parameter(name, bias, q)
+
+
 def check_parameter(name: str, tensor: Tensor, q: Tensor) -> None:
     """Check that a parameter of the operator is floating point and on q's device."""
     if not tensor.is_floating_point():
@@ -50,24 +62,34 @@ def check_parameter(name: str, tensor: Tensor, q: Tensor) -> None:
 
 def per_axis(name: str, value: PerAxis, axes: int, smallest: int) -> tuple[int, ...]:
     """Spread an int over all axes, or check one int per axis; every value at least `smallest`."""
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = _spread(value, axes)
     if len(values) != axes or not all(isinstance(n, int) and n >= smallest for n in values):
         raise ValueError(
-            f"{name} must be an int of at least {smallest}, or {axes} of them (one per spatial axis), got {value!r}"
+            f"{name} must be an int of at least {smallest}, or one per spatial axis ({axes} here), "
+            f"got {value!r}"
         )
     return values
 
 
 def halo_per_axis(halo: Halo, axes: int) -> tuple[tuple[int, int], ...]:
     """(before, after) per axis from an int, or from one int or (before, after) pair per axis."""
-    entries = (halo,) * axes if isinstance(halo, int) else tuple(halo)
-    pairs = tuple((n, n) if isinstance(n, int) else tuple(n) for n in entries)
-    if len(pairs) != axes or not all(len(pair) == 2 and min(pair) >= 0 for pair in pairs):
+    pairs = [_spread(entry, 2) for entry in _spread(halo, axes)]
+    sides = [side for pair in pairs for side in pair]
+    if (
+        len(pairs) != axes
+        or any(len(pair) != 2 for pair in pairs)
+        or not all(isinstance(n, int) and n >= 0 for n in sides)
+    ):
         raise ValueError(
             f"halo must be an int, or per spatial axis ({axes} here) an int or (before, after), "
             f"none negative, got {halo!r}"
         )
     return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def _spread(value: Any, count: int) -> tuple[Any, ...]:
+    """A sequence as a tuple, anything else repeated."""
+    return tuple(value) if isinstance(value, Sequence) else (value,) * count
 
 
 def shape(tensor: Tensor) -> list[int]:

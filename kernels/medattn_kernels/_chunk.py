@@ -16,7 +16,7 @@ def chunk_size(x: Tensor) -> int:
 
 
 def pieces(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Cut outer x inner into pieces of at most `limit` entries, at least one: whole rows, or a part of one."""
+    """Cut outer x inner into pieces of at most `limit` entries, at least one: whole rows or parts of one."""
     limit = max(1, limit)
     step, part = max(1, limit // inner), min(inner, limit)
     for start in range(0, outer, step):

@@ -63,7 +63,7 @@ class Augmentation:
         size = torch.tensor(batch.label.shape[1:], dtype=torch.float32)
         changed = torch.rand(len(batch.cases), generator=rng) < self.affine_probability
         matrices = torch.stack([self._matrix(size, rng) for _ in batch.cases])
-        image, label = list(batch.image.split(1)), list(batch.label[:, None].split(1))
+        image, label = list(torch.split(batch.image, 1)), list(torch.split(batch.label[:, None], 1))
         for number in torch.nonzero(changed).flatten().tolist():
             theta = matrices[number : number + 1].to(batch.image.device)
             grid = F.affine_grid(theta, list(image[number].shape), align_corners=False)

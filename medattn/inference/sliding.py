@@ -14,7 +14,7 @@ from medattn.resample import apply_along, linear_weights
 
 Predict = Callable[[Tensor], Tensor]
 
-SLAB_BYTES = 128 * 2**20  # of class scores on the output grid held at once
+SLAB_BYTES = 128 * 2**20  # of class scores handed on at once
 
 
 @torch.no_grad()
@@ -42,8 +42,9 @@ def slide(
     )
     gaussian = _gaussian(tile).to(image)
     rows, columns, depths = (_starts(g, t, overlap) for g, t in zip(grown, tile, strict=True))
-    scores = torch.zeros(classes, grown[0], grown[1], tile[2], device=image.device)
-    weights = torch.zeros(grown[0], grown[1], tile[2], device=image.device)
+    # planes first, so that finished ones leave and empty ones enter without a copy of the whole
+    scores = torch.zeros(tile[2], classes, grown[0], grown[1], device=image.device)
+    weights = torch.zeros(tile[2], 1, grown[0], grown[1], device=image.device)
     for k, after in itertools.pairwise([*depths, grown[2]]):
         boxes = [(slice(i, i + tile[0]), slice(j, j + tile[1])) for i in rows for j in columns]
         boxes = [box for box in boxes if image[(*box, slice(k, k + tile[2]))].max() > air]
@@ -51,13 +52,15 @@ def slide(
             chunk = boxes[first : first + batch_size]
             tiles = torch.stack([image[(*box, slice(k, k + tile[2]))] for box in chunk])[:, None]
             for box, logits in zip(chunk, predict(tiles).float(), strict=True):
-                scores[(slice(None), *box)] += logits * gaussian
-                weights[box] += gaussian
-        done = after - k  # no later tile reaches these planes
-        yield _probabilities(scores[..., :done], weights[..., :done])[
-            :, : size[0], : size[1], : max(0, size[2] - k)
-        ]
-        scores, weights = _advance(scores, done), _advance(weights, done)
+                scores[(..., *box)] += (logits * gaussian).movedim(-1, 0)
+                weights[(..., *box)] += gaussian.movedim(-1, 0)[:, None]
+        step = max(1, SLAB_BYTES // scores[0].nbytes)
+        for p in range(0, min(after, size[2]) - k, step):  # no later tile reaches the planes before `after`
+            planes = slice(p, min(p + step, min(after, size[2]) - k))
+            finished = _probabilities(scores[planes], weights[planes])
+            yield finished[..., : size[0], : size[1]].movedim(0, -1)
+        _advance(scores, after - k)
+        _advance(weights, after - k)
 
 
 @torch.no_grad()
@@ -107,13 +110,17 @@ def _gaussian(tile: Sequence[int]) -> Tensor:
 
 
 def _probabilities(scores: Tensor, weights: Tensor) -> Tensor:
-    background = weights == 0
-    probabilities = (scores / weights.masked_fill(background, 1)).softmax(0)
-    probabilities[:, background] = 0
-    probabilities[0, background] = 1
-    return probabilities
+    """[n, C, i, j] sums of weighted logits -> probabilities; background where no tile was computed."""
+    unseen = weights == 0
+    probabilities = (scores / weights.masked_fill(unseen, 1)).softmax(1)
+    background = torch.zeros(1, scores.shape[1], 1, 1, device=scores.device)
+    background[:, 0] = 1
+    return torch.where(unseen, background, probabilities)
 
 
-def _advance(buffer: Tensor, planes: int) -> Tensor:
-    """Drop finished planes at the front and add empty ones at the back."""
-    return F.pad(buffer[..., planes:], (0, planes))
+def _advance(buffer: Tensor, planes: int) -> None:
+    """Drop finished planes at the front of [n, ...] and add empty ones at the back, in place."""
+    kept = len(buffer) - planes
+    for plane in range(kept):
+        buffer[plane] = buffer[plane + planes]
+    buffer[max(0, kept) :] = 0

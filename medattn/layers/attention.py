@@ -1,8 +1,8 @@
 """The seam between operators and networks: features [B, C, *size] in and out, in two or three dimensions.
 
-A network calls one of the factories (`block_layers`, `axial_layers`) with the channels of the place where attention
-goes and the number of spatial axes; what comes back is a module that keeps the shape. Legend: C channels, H heads,
-D query and key size of a head, E value size of a head.
+A network calls one of the factories (`block_layers`, `axial_layers`) with the channels of the place where
+attention goes and the number of spatial axes; what comes back is a module that keeps the shape. Legend:
+C channels, H heads, D query and key size of a head, E value size of a head.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from medattn.layers.position import AxialAttention, BlockAttention
 
-START = (
-    0.02  # standard deviation of the last projection: the layer starts near the identity, yet trains in full
-)
+OUT_STD = 0.02  # of the last projection's weights: a layer starts near the identity, yet all of it trains
 
 
 class AttentionLayer(nn.Module):
@@ -37,14 +35,14 @@ class AttentionLayer(nn.Module):
         self.operator = operator
         self.out = nn.Linear(heads * value_size, channels, bias=False)
         nn.init.trunc_normal_(self.qkv.weight, std=channels**-0.5)
-        nn.init.trunc_normal_(self.out.weight, std=START)
+        nn.init.trunc_normal_(self.out.weight, std=OUT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *size, C] -> [B, *size, C]."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)) for part in self.qkv(self.norm(x)).split(self.widths, -1)
-        )
-        return x + self.out(self.operator(q, k, v).flatten(-2))
+        parts = self.qkv(self.norm(x)).split(self.widths, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in parts)
+        attended: Tensor = self.out(self.operator(q, k, v).flatten(-2))
+        return x + attended
 
 
 class SpatialAttention(nn.Module):
@@ -56,7 +54,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, C, *size]."""
-        return self.layers(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+        out: Tensor = self.layers(x.movedim(1, -1).contiguous())
+        return out.movedim(-1, 1)
 
 
 def block_layers(
@@ -72,30 +71,30 @@ def block_layers(
 ) -> SpatialAttention:
     """Block attention with a halo, `layers` times with separate weights.
 
-    head_size: channels / (4 heads), at least 4, if None. block: 8 in 2D and 4 in 3D if None. halo: block / 2 if None.
+    head_size: of queries, keys and values; channels / (4 heads), at least 4, if None. block: voxels along an
+    axis; 8 in 2D and 4 in 3D if None. halo: voxels; block / 2 if None. relative: with tables of positions.
 
-    One layer sees `halo` voxels around its block on every side. Of several layers the first sees the halo after
-    its block only, the second the halo before it only, and so on in turn: the published head-and-neck network
-    (Jiang et al. 2019) stacks two layers with the halo on the same side, which passes context one way; turned
-    around in every second layer it goes both ways, as in that group's later nested-block work, and two one-sided
-    windows are together smaller than one two-sided in 3D ((3b/2)^3 against (2b)^3 keys).
+    One layer sees the halo on every side of its block. Of several layers the first sees the halo after its
+    block only, the second the halo before it only, and so on in turn. The published head-and-neck network
+    (Jiang et al. 2019) stacks two layers with the halo after the block, which passes context one way; turned
+    around in every second layer it passes both ways, and in 3D the two windows of (3b/2)^3 keys are together
+    smaller than one of (2b)^3.
 
-    Parameters per layer, with W = H D: 2 C + 4 C W + spatial_dims * D * (2 (block + halo) - 1), the last term with
-    `relative` only.
+    Parameters per layer, with W = H D: 2 C + 4 C W, and if `relative` spatial_dims D (2 (block + halo) - 1).
     """
-    size = head_size or max(4, channels // (4 * heads))
-    side = block or (8 if spatial_dims == 2 else 4)
+    size = max(4, channels // (4 * heads)) if head_size is None else head_size
+    side = (8 if spatial_dims == 2 else 4) if block is None else block
     reach = side // 2 if halo is None else halo
-    sides = [(reach, reach)] if layers == 1 else [((0, reach), (reach, 0))[i % 2] for i in range(layers)]
+    halos = [(reach, reach)] if layers == 1 else [((0, reach), (reach, 0))[i % 2] for i in range(layers)]
     return SpatialAttention(
         AttentionLayer(
             channels,
-            BlockAttention(size, spatial_dims, block=side, halo=sides_of_layer, relative=relative),
+            BlockAttention(size, spatial_dims, block=side, halo=before_and_after, relative=relative),
             heads=heads,
             head_size=size,
             value_size=size,
         )
-        for sides_of_layer in sides
+        for before_and_after in halos
     )
 
 
@@ -112,14 +111,15 @@ def axial_layers(
 ) -> SpatialAttention:
     """Position-sensitive axial attention along every axis in turn, `layers` times with separate weights.
 
-    head_size: of queries and keys, channels / (8 heads), at least 4, if None; values are twice as wide (Axial-DeepLab).
-    span: keys per query along the axis (odd), all if None. rows: of the tables of relative positions (odd).
+    head_size: of queries and keys; channels / (8 heads), at least 4, if None. Values are twice as wide, as in
+    Axial-DeepLab. span: keys per query along the axis (odd); all if None. rows: of each table of positions
+    (odd). relative: with these tables.
 
-    The published batch norm over the logits is not here: its place takes the norm before each projection.
+    There is no batch norm over the logits as in the published layer; the scale D^-1/2 stands in for it.
 
-    Parameters per axis and layer, with W = H D: 2 C + 6 C W + 4 D rows, the last term with `relative` only.
+    Parameters per axis and layer, with W = H D: 2 C + 6 C W, and if `relative` 4 D rows.
     """
-    size = head_size or max(4, channels // (8 * heads))
+    size = max(4, channels // (8 * heads)) if head_size is None else head_size
     return SpatialAttention(
         AttentionLayer(
             channels,

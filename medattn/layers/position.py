@@ -1,11 +1,10 @@
-"""Operators with learned relative positions: what a `SpatialAttention` layer calls on its queries, keys and values."""
+"""Operators with learned relative positions: what an attention layer calls on queries, keys and values."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from medattn_kernels import axial_attention, block_attention
+from torch import Tensor, nn
 
 Halo = tuple[int, int]  # voxels before and after a block
 
@@ -36,9 +35,9 @@ class BlockAttention(nn.Module):
 
 
 class AxialAttention(nn.Module):
-    """`axial_attention` along one axis with tables for queries, keys and values (Axial-DeepLab), or without any.
+    """`axial_attention` along one axis with tables for queries, keys and values (Axial-DeepLab), or without.
 
-    The tables have `rows` rows (odd), N(0, 1/value_size) at the start; offsets beyond them share the last row.
+    The tables have `rows` rows (odd), N(0, 1/value_size) at the start; offsets beyond share the end rows.
     """
 
     def __init__(
@@ -55,8 +54,9 @@ class AxialAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k [B, *size, H, D], v [B, *size, H, E] -> [B, *size, H, E]."""
-        tables = {"rel_q": self.rel_q, "rel_k": self.rel_k, "rel_v": self.rel_v}
-        out = axial_attention(q, k, v, axis=self.axis, span=self.span, **tables)
+        out = axial_attention(
+            q, k, v, axis=self.axis, span=self.span, rel_q=self.rel_q, rel_k=self.rel_k, rel_v=self.rel_v
+        )
         assert isinstance(out, Tensor)  # a pair only with separate=True
         return out
 

@@ -7,18 +7,19 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from medattn.errors import InputError
 
 Builder = Callable[..., nn.Module]
+BuilderT = TypeVar("BuilderT", bound=Builder)
 
 _BUILDERS: dict[str, Builder] = {}
 
 
-def register(build: Builder) -> Builder:
+def register(build: BuilderT) -> BuilderT:
     """Make `build` available under its function name. A name can be taken once."""
     name = build.__name__
     if name in _BUILDERS:

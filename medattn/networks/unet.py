@@ -22,23 +22,25 @@ from medattn.networks.registry import register
 Stride = tuple[int, ...]
 MakeAttention = Callable[[int, int], nn.Module]
 
-BACKGROUND_LOGIT = 4.0  # nearly all voxels are background: start from that prior (Lin et al. 2017, section 3.3)
-WIDTHS = (16, 32, 64, 128, 256, 320)  # as in nnU-Net, halved: twice the steps in the same time
+BACKGROUND_LOGIT = 4.0  # nearly all voxels are background: start from that prior (Lin et al. 2017)
+WIDTHS = (16, 32, 64, 128, 256, 320)  # half of nnU-Net's: more steps in the same time
 
 
 class UNet(nn.Module):
     """Encoder-decoder with skip connections; [B, in_channels, *size] -> [B, out_channels, *size].
 
-    strides: per step down, per axis. widths: channels per level, finest first, one more than strides.
-    convs: convolutions per level in the encoder and in the decoder. residual: shortcut around each level's
-    convolutions. norm: "instance" or "batch". attention: built with (channels, spatial_dims) and placed after
-    the decoder levels named in attention_levels (0 is the finest; if None, level 2 or the coarsest above it:
-    at a quarter of the resolution attention costs little and still sees organs, not blurs).
-    full_resolution: if False, the first stride is taken by the first convolution and undone by the last one, so
-    that no feature map has the input's size: most of a CPU's time goes there.
+    strides: per step down, per axis. widths: channels per level, finest first. convs: convolutions per level
+    in the encoder and in the decoder. residual: shortcut around each level's convolutions. norm: "instance"
+    or "batch".
+    attention: built with (channels, spatial_dims) and placed after the decoder levels named in
+    attention_levels (0 is the finest). If None, the level at a quarter of the resolution: attention costs
+    little there and still sees organs, not blurs.
+    full_resolution: if False, the first stride is taken by the first convolution and undone by the last one,
+    so that no feature map has the input's size: most of a CPU's time goes there.
     deep_supervision: in training mode, return a list of logits, finest first, one per decoder level.
 
     Sizes need not be multiples of the strides: inputs are padded at the far end and logits cropped back.
+    Raises InputError for options that contradict each other.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class UNet(nn.Module):
         stem = (1,) * spatial_dims if full_resolution else steps.pop(0)
         widths = list(widths or WIDTHS[1 - full_resolution :][: len(steps) + 1])
         if attention_levels is None:
-            attention_levels = (min(2, len(steps) - 1),)
+            attention_levels = (min(1 + full_resolution, len(steps) - 1),)
         counts = list(convs or [1 if full_resolution else 2] + [2] * (len(widths) - 1))
         _check(spatial_dims, widths, steps, counts, norm, attention_levels if attention else ())
         self.deep_supervision = deep_supervision
@@ -85,9 +87,8 @@ class UNet(nn.Module):
             )
             if level == 0 or deep_supervision:
                 self.heads.append(transposed(widths[level], out_channels, stem, stem))  # type: ignore[arg-type]
-        for head in self.heads:
-            with torch.no_grad():
-                head.bias[0] += BACKGROUND_LOGIT
+                with torch.no_grad():
+                    self.heads[-1].get_parameter("bias")[0] += BACKGROUND_LOGIT
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         size = x.shape[2:]

@@ -19,7 +19,7 @@ import medattn
 from medattn.atomic import write_text
 
 RETRY_SECONDS = 60.0
-CLOSE_SECONDS = {"server": 10.0, "file": 30.0}  # a file cannot hang, and its first use makes the tables
+CLOSE_SECONDS = 10.0
 # MLflow's own switches, where the user has not set them: no telemetry; give up on a dead server quickly
 MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -43,7 +43,8 @@ class Mirror:
 
     def __init__(self, run_dir: Path, name: str, parameters: Mapping[str, Any], *, resume: bool) -> None:
         self._run_dir, self._name, self._parameters = run_dir.resolve(), name, parameters
-        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self._run_dir.parent / 'mlflow.db'}"
+        self._database = self._run_dir.parent / "mlflow.db"
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self._database}"
         self._identity = run_dir / "mlflow.json"
         if not resume:
             self._identity.unlink(missing_ok=True)
@@ -69,7 +70,7 @@ class Mirror:
         self._status = status.upper()
         self._closing.set()
         self._news.set()
-        self._thread.join(CLOSE_SECONDS["file" if self._uri.startswith("sqlite:") else "server"])
+        self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._warn("no answer in time")
 
@@ -103,6 +104,8 @@ class Mirror:
         from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
 
+        if self._is_local() and not self._database.exists():
+            self._make_database()
         client = MlflowClient(self._uri)
         run_id = self._known_run()
         if run_id is None:
@@ -134,7 +137,22 @@ class Mirror:
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         files = (self._run_dir.parent / "mlflow_artifacts").as_uri()
-        return str(client.create_experiment(name, files if self._uri.startswith("sqlite:") else None))
+        return str(client.create_experiment(name, files if self._is_local() else None))
+
+    def _is_local(self) -> bool:
+        return self._uri == f"sqlite:///{self._database}"
+
+    def _make_database(self) -> None:
+        """MLflow makes its tables aside, which takes seconds: a kill meanwhile leaves no half database."""
+        from mlflow.tracking import MlflowClient
+
+        making = self._run_dir / ".writing-mlflow.db"
+        making.unlink(missing_ok=True)
+        MlflowClient(f"sqlite:///{making}").search_experiments()
+        if self._database.exists():  # another run was first
+            making.unlink()
+        else:
+            making.rename(self._database)
 
     def _send(self, client: Any, run_id: str) -> None:
         """Whole lines after those already sent, then waiting files."""

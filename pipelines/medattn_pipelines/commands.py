@@ -6,7 +6,6 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from signal import Signals
 from typing import TYPE_CHECKING
 
 from medattn_pipelines import arguments
@@ -93,19 +92,23 @@ def train(args: Namespace) -> int:
     from medattn_pipelines.configfile import load
 
     config = load(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    from medattn_pipelines.progress import print_scores
     from medattn_pipelines.volumes import train as train_volumes
 
-    run, reason = train_volumes(config, resume=args.resume, overwrite=args.overwrite)
-    if reason in Signals.__members__:
-        print(f"stopped by {reason}; the same command with --resume continues {run}")
-        return 128 + Signals[reason]
-    print(f"model:  {run / 'model'}\nreport: {run / 'report' / 'report.html'}")
+    done = train_volumes(config, resume=args.resume, overwrite=args.overwrite)
+    if done.evaluation is None:
+        print(f"stopped by {done.reason} at step {done.step}; the same command with --resume continues it")
+        return 0 if done.reason == "SIGTERM" else 2
+    print_scores("Validation cases", done.evaluation.summary)
+    print(f"segmentations: {done.run / 'predictions'} (.nii.gz, and .seg.nrrd for 3D Slicer)")
+    print(f"model:         {done.run / 'model'}")
+    print(f"report:        {done.run / 'report' / 'report.html'}")
     return 0
 
 
 def predict(args: Namespace) -> int:
     """Segment volumes."""
-    from medattn_pipelines.volumes import predict as predict_volumes
+    from medattn_pipelines.prediction import predict as predict_volumes
 
     predict_volumes(args.model, args.inputs, args.output, export=args.export, device=args.device)
     print(f"segmentations: {args.output}")

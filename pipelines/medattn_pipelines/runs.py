@@ -21,7 +21,8 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     """
     run = config.run.dir
     assert run is not None, "configfile.load fills in run.dir"
-    exists = run.is_dir() and any(run.iterdir())
+    # a command that stopped before its first step leaves these two, and nothing worth asking about
+    exists = run.is_dir() and any(path.name not in ("config.yaml", "plan.json") for path in run.iterdir())
     if exists and not (resume or overwrite):
         raise InputError(
             f"{run}: this run exists; continue it with --resume, replace it with --overwrite, "
@@ -35,6 +36,8 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
                 f"{run}: holds no config.yaml, so it is no run and is not overwritten; choose another run.dir"
             )
         shutil.rmtree(run)
+    if not resume:
+        (run / "plan.json").unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "config.yaml", dump(config))
     return run
@@ -58,6 +61,6 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 def _computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

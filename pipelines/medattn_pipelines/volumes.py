@@ -1,4 +1,4 @@
-"""Volumes end to end: train a network on a folder of cases, and segment volumes with it."""
+"""Training on volumes, end to end: cases in; model, segmentations and report out."""
 
 from __future__ import annotations
 
@@ -6,42 +6,57 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from medattn.training.tracking import Tracker
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medattn import __version__
 from medattn.atomic import atomic_path, write_text
 from medattn.data.augment import Augmentation
-from medattn.data.cases import CaseFolder, assign_splits, read_cases, write_labels
+from medattn.data.cases import CaseFolder, assign_splits, read_cases
 from medattn.data.check import check_cases, require_clean
 from medattn.data.plan import Plan, make_plan
 from medattn.data.sampling import Batch, PatchSampler
 from medattn.data.store import Prepared, prepare_cases
 from medattn.errors import InputError
-from medattn.export.slicer import write_seg_nrrd
-from medattn.io import Volume, read_volume, write_volume
-from medattn.io.volume import SUFFIXES, volume_stem
+from medattn.io import read_volume
 from medattn.labels import LabelSet
 from medattn.losses import segmentation_loss
 from medattn.metrics import dice
 from medattn.networks.registry import family
-from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, mirror_of, read_plan, save_model
+from medattn.report.tables import Evaluation
+from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import Limits, Schedule, State, averaged_model, fit
+from medattn.training.tracking import Tracker
 from medattn_pipelines.config import Config
 from medattn_pipelines.configfile import flatten
 from medattn_pipelines.evaluation import evaluate
+from medattn_pipelines.prediction import segment_all
 from medattn_pipelines.progress import case_progress, training_progress
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> tuple[Path, str]:
-    """Train a network and report on the validation cases; returns the run folder and why training ended.
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind.
+
+    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
+    cases, None where a signal ended the training before it was complete.
+    """
+
+    run: Path
+    reason: str
+    step: int
+    evaluation: Evaluation | None
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Trained:
+    """Train a network and report on the validation cases.
 
     The run folder gets config.yaml, plan.json, metrics.jsonl, checkpoints/ and, unless a signal ended the
     training, model/, predictions/ and report/. Raises InputError for unusable data, for a run folder that
@@ -72,7 +87,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> t
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
     segmenter = Segmenter(quick, averaged.module, device, precision)
-    best = run / "checkpoints/best.safetensors"
 
     with (
         Tracker(
@@ -84,12 +98,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> t
         ) as tracker,
         training_progress(config.training.steps) as show,
     ):
+        recent: list[Mapping[str, float]] = []
 
         def on_step(values: Mapping[str, float]) -> None:
             note = f"Dice {state.best:.3f} at step {state.best_step}" if state.best_step else ""
             show(state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
+            recent.append(values)
             if state.step % config.training.log_every == 0:
-                tracker.log(state.step, **values)
+                tracker.log(state.step, **{name: fmean(one[name] for one in recent) for name in values})
+                recent.clear()
 
         def validate() -> float:
             scores = validation_dice(segmenter, folder, plan.organs)
@@ -109,30 +126,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> t
             clip=config.training.gradient_clip,
             on_step=on_step,
             validate=validate,
-            keep_best=lambda: keep_weights(best, averaged.module),
+            keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
             save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
             started=started,
         )
+        evaluation = None
         if not reason.startswith("SIG"):
-            finish(run, card, state, best, folder, device, precision)
+            evaluation = finish(config, run, card, state, folder, segmenter)
             tracker.artifact(run / "report")
             tracker.artifact(run / "model")
-    return run, reason
-
-
-def predict(
-    model: Path, inputs: Sequence[Path], output: Path, *, export: Sequence[str] = (), device: str = "auto"
-) -> None:
-    """Segment volumes on their own grids: `<case>.nii.gz` each, `labels.json` and a manifest `report.json`.
-
-    inputs: volume files, case folders, or folders of either. export: formats written beside each label map.
-    Raises InputError for inputs that cannot be read or that would get the same name.
-    """
-    volumes = find_volumes(inputs)
-    chosen = choose_device(device)
-    card, network = load_model(model)
-    segmenter = Segmenter(card, network, chosen, choose_precision("auto", chosen))
-    segment_all(segmenter, volumes, output, export=export)
+    return Trained(run, reason, state.step, evaluation)
 
 
 def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
@@ -180,8 +183,8 @@ def describe_model(config: Config, folder: CaseFolder, plan: Plan) -> ModelCard:
         options=options,
         plan=plan,
         labels=folder.labels,
-        label_set=config.data.label_set,
-        mirror=mirror_of(label_set, plan.organs),
+        organs=dict(zip(plan.organs, label_set.resolve(plan.organs), strict=True)),
+        mirror=_mirror(config, label_set, plan.organs),
         settings=Settings(**config.inference.model_dump()),
     )
 
@@ -259,14 +262,8 @@ def keep_weights(path: Path, network: nn.Module) -> None:
 
 
 def finish(
-    run: Path,
-    card: ModelCard,
-    state: State,
-    best: Path,
-    folder: CaseFolder,
-    device: torch.device,
-    precision: torch.dtype,
-) -> None:
+    config: Config, run: Path, card: ModelCard, state: State, folder: CaseFolder, segmenter: Segmenter
+) -> Evaluation:
     """Write model/ from the best weights, segment the validation cases with it and report."""
     provenance = {
         "medattn": __version__,
@@ -277,77 +274,29 @@ def finish(
         "train_cases": len(folder.split("train")),
         "validation_cases": len(folder.split("validation")),
     }
-    save_model(run / "model", dataclasses.replace(card, provenance=provenance), load_file(best))
+    best = load_file(run / "checkpoints/best.safetensors")
+    save_model(run / "model", dataclasses.replace(card, provenance=provenance), best)
     card, network = load_model(run / "model")
+    segmenter = Segmenter(card, network, segmenter.device, segmenter.precision)
     volumes = {case.name: case.image for case in folder.split("validation")}
-    segment_all(Segmenter(card, network, device, precision), volumes, run / "predictions")
+    segment_all(segmenter, volumes, run / "predictions", export=["seg.nrrd"])
     with case_progress("Measuring", len(volumes)) as on_case:
-        evaluate(run / "predictions", folder.root, run / "report", label_set=card.label_set, on_case=on_case)
+        return evaluate(
+            run / "predictions",
+            folder.root,
+            run / "report",
+            label_set=config.data.label_set,
+            workers=max(1, config.data.workers),
+            on_case=on_case,
+        )
 
 
-def segment_all(
-    segmenter: Segmenter, volumes: Mapping[str, Path], output: Path, *, export: Sequence[str] = ()
-) -> None:
-    """Segment named volumes into a folder."""
-    card = segmenter.card
-    organs = LabelSet.load(card.label_set)
-    output.mkdir(parents=True, exist_ok=True)
-    write_labels(
-        output / "labels.json", {v: name for v, name in card.labels.items() if name in card.plan.organs}
-    )
-    manifest = []
-    with case_progress("Segmenting", len(volumes)) as on_case:
-        for name, path in volumes.items():
-            begun = time.perf_counter()
-            volume = read_volume(path)
-            labels = segmenter.segment(volume)
-            write_volume(output / f"{name}.nii.gz", Volume(labels, volume.geometry))
-            if "seg.nrrd" in export:
-                described = {v: organs.describe(n) for v, n in card.labels.items() if n in card.plan.organs}
-                write_seg_nrrd(output / f"{name}.seg.nrrd", labels, volume.geometry, described)
-            seconds = round(time.perf_counter() - begun, 2)
-            manifest.append(
-                {"case": name, "source": str(path), "size": volume.geometry.size, "seconds": seconds}
-            )
-            on_case(name)
-    content = {
-        "medattn": __version__,
-        "torch": torch.__version__,
-        "device": str(segmenter.device),
-        "network": card.network,
-        "cases": manifest,
-    }
-    write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
-
-
-def find_volumes(inputs: Sequence[Path]) -> dict[str, Path]:
-    """Case name -> volume file for files, case folders and folders of either, in order."""
-    found: dict[str, Path] = {}
-    problems = []
-    for given in inputs:
-        volumes = _volumes(given)
-        if not volumes:
-            problems.append(
-                f"{given}: no volume here; expected {', '.join(SUFFIXES)} or case folders with image.nii.gz"
-            )
-        for path in volumes:
-            stem = volume_stem(path)
-            name = path.resolve().parent.name if stem == "image" else stem
-            if found.setdefault(name, path) != path:
-                problems.append(
-                    f"{path}: would be called {name} like {found[name]}; rename one or run them apart"
-                )
-    if problems:
-        raise InputError(*problems)
-    return found
-
-
-def _volumes(given: Path) -> list[Path]:
-    if given.is_file():
-        return [given]
-    for suffix in SUFFIXES:
-        if (given / f"image{suffix}").is_file():
-            return [given / f"image{suffix}"]
-    entries = sorted(given.iterdir()) if given.is_dir() else []
-    files = [path for path in entries if path.name.endswith(SUFFIXES) and not path.name.startswith(".")]
-    return files or [found for path in entries if path.is_dir() for found in _volumes(path)]
+def _mirror(config: Config, label_set: LabelSet, organs: Sequence[str]) -> tuple[int, ...] | None:
+    """Organ -> organ under a left-right flip; None where the config never flips."""
+    if not (config.augment.enabled and config.augment.flip_probability) and not config.inference.flips:
+        return None
+    try:
+        return label_set.mirror(organs)
+    except InputError as error:
+        advice = "; to train without flips, set augment.flip_probability=0 and inference.flips=false"
+        raise InputError(*(problem + advice for problem in error.problems)) from None

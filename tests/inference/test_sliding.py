@@ -22,7 +22,9 @@ def pointwise(tiles: Tensor) -> Tensor:
 
 
 @settings(deadline=None)
-@given(st.tuples(EDGE, EDGE, EDGE), st.tuples(*[st.integers(2, 8)] * 3), st.sampled_from([0.0, 0.25, 0.5, 0.7]))
+@given(
+    st.tuples(EDGE, EDGE, EDGE), st.tuples(*[st.integers(2, 8)] * 3), st.sampled_from([0.0, 0.25, 0.5, 0.7])
+)
 def test_tiles_of_a_pointwise_network_add_up_to_the_whole(
     size: tuple[int, int, int], tile: tuple[int, int, int], overlap: float
 ) -> None:

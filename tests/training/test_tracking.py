@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medattn.errors import InputError
+from medattn.training import mirror
 from medattn.training.tracking import Tracker
 
 # raised inside MLflow's own use of SQLAlchemy, in the mirror's thread
@@ -171,8 +173,8 @@ def test_a_server_that_never_answers_costs_one_warning_and_a_bounded_wait(
         record.close("finished")
         assert time.monotonic() - begun < 15
         assert_unharmed(run, caplog.messages, seconds)
-        (mirror,) = (thread for thread in threading.enumerate() if thread.name == "mlflow-mirror")
-        mirror.join(30)  # it would wake up inside the next test
+        (follower,) = (thread for thread in threading.enumerate() if thread.name == "mlflow-mirror")
+        follower.join(30)  # it would wake up inside the next test
 
 
 def stored(uri: str) -> tuple[Any, Any]:
@@ -217,6 +219,7 @@ def assert_mirrored(uri: str, run: Path) -> None:
     assert {file.path for file in client.list_artifacts(run_id)} == {"report", "metrics.jsonl"}
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_database_beside_the_run_mirrors_and_resumes(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,6 +247,12 @@ def test_the_mirror_sends_no_telemetry(run: Path) -> None:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded machine makes a database in more than a few seconds."""
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 300.0)
+
+
+@pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     store = tmp_path / "server"
@@ -251,17 +260,21 @@ def server(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(store / "artifacts")]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, cwd=store, env=environment, stderr=subprocess.DEVNULL)
+    environment = os.environ | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=store, env=environment, start_new_session=True, **silent)
     try:
         _wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # it has workers of its own
         process.wait(30)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
@@ -273,6 +286,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 120)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient")
 def test_a_real_server_mirrors_and_resumes(
     run: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from medattn_kernels._check import check_parameter, check_qkv, check_table, shape
 from medattn_kernels._select import Impl, select
 from medattn_kernels.axial import eager, naive
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[Impl, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "naive": naive.axial_attention,
     "eager": eager.axial_attention,
 }
@@ -69,7 +71,8 @@ def axial_attention(
         raise ValueError(
             "separate=True returns the content and the position part and needs rel_v, got rel_v=None"
         )
-    return select("axial_attention", IMPLEMENTATIONS, impl, q)(
+    run = select("axial_attention", IMPLEMENTATIONS, impl, q)
+    return run(
         q,
         k,
         v,

@@ -1,4 +1,4 @@
-"""Axial attention in plain torch: fused attention where no table needs the logits, some lines at a time else."""
+"""Axial attention in plain torch: PyTorch's fused attention without tables, with them line by line."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def axial_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`medattn_kernels.axial_attention` on any device, differentiable by autograd.
 
-    With tables, the logits of as many lines as a cache holds are formed at a time, and once more in the backward
-    pass. A table term is a product batched over the place in the line: nothing of size L x L x D exists per line.
+    With tables, the logits of as many lines as a cache holds are formed at a time, and once more in the
+    backward pass. A table term is a product batched over the place in the line: nothing of size L x L x D
+    exists per line.
     """
-    factors = [scale] * 3 if gain is None else (scale * gain.to(q.dtype))[..., None, None].unbind()  # each [H, 1, 1]
+    factors = (
+        [scale] * 3 if gain is None else (scale * gain.to(q.dtype))[..., None, None].unbind()
+    )  # each [H, 1, 1]
     offset = _offset(q.shape[1 + axis], q.device)
     seen = None if span is None else offset.abs() <= span // 2
     by_query, by_key, by_value = (_rows(table, offset, q) for table in (rel_q, rel_k, rel_v))
@@ -56,7 +59,7 @@ def axial_attention(
         out = _fused(lines[0] * factors[0], lines[1], lines[2], seen)
     else:
         out = _some_lines_at_a_time(dense, lines)
-    out = out.unflatten(0, q.movedim(1 + axis, -2).shape[:-3]).movedim(-2, 1 + axis)
+    out = torch.unflatten(out, 0, q.movedim(1 + axis, -2).shape[:-3]).movedim(-2, 1 + axis)
     if not separate:
         return out
     content, position = out.chunk(2, -1)
@@ -64,26 +67,27 @@ def axial_attention(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """PyTorch's fused attention; its kernels want one head size, and zeros at the end of a head change nothing."""
+    """PyTorch's fused attention. Its kernels want one head size; zeros at a head's end change nothing."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, padded, attn_mask=seen, scale=1.0)[..., : v.shape[-1]]
 
 
 def _some_lines_at_a_time(dense: Callable[..., Tensor], lines: Sequence[Tensor]) -> Tensor:
-    """dense(*lines) in pieces of bounded logits; a piece's intermediate results are formed again for its gradient."""
+    """dense(*lines) in pieces of bounded logits, each formed once more when its gradient is."""
     count, heads, length = lines[0].shape[:3]
     step = max(1, chunk_size(lines[0]) // (heads * length**2))
     if count <= step:
         return dense(*lines)
-    parts = zip(*(x.split(step) for x in lines), strict=True)
+    sizes = [step] * (count // step) + [count % step] * (count % step > 0)
+    parts = zip(*(torch.split_with_sizes(x, sizes) for x in lines), strict=True)
     return torch.cat([checkpoint(dense, *x, use_reentrant=False, preserve_rng_state=False) for x in parts])
 
 
 def _by_place(x: Tensor, matrices: Tensor) -> Tensor:
     """Multiply row i of every line by its own matrix: [lines, H, i, a] with [i, a, b] -> [lines, H, i, b]."""
     product = x.flatten(0, 1).transpose(0, 1) @ matrices  # [i, lines * H, b]
-    return product.transpose(0, 1).unflatten(0, x.shape[:2])
+    return torch.unflatten(product.transpose(0, 1), 0, x.shape[:2])
 
 
 def _offset(length: int, device: torch.device) -> Tensor:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from medattn_kernels._check import (
     Halo,
     PerAxis,
-    check_parameter,
+    check_bias,
     check_qkv,
     check_table,
     halo_per_axis,
     per_axis,
-    shape,
 )
 from medattn_kernels._select import Impl, select
 from medattn_kernels.block import eager, naive
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[Impl, Callable[..., Tensor]] = {
     "naive": naive.block_attention,
     "eager": eager.block_attention,
 }
@@ -41,25 +40,26 @@ def block_attention(
 ) -> Tensor:
     """Softmax attention of each query block on itself and a halo around it.
 
-    The volume is cut into blocks from index 0 on; the last block of an axis may be ragged. A query of the block that
-    starts at s sees the keys s - before ... s + block - 1 + after of every axis:
+    The volume is cut into blocks from index 0 on; the last block of an axis may be ragged. A query of the
+    block that starts at s sees the keys s - before ... s + block - 1 + after of every axis:
 
         s_nm = scale * q_n.k_m + sum_a q_n.rel[a][o_a] + bias[h, o],     o = m - n
         y_n  = sum_m softmax_m(s_nm) v_m
 
     q, k: [B, *size, H, D] with one to three spatial axes. v: [B, *size, H, E].
     block: an int or one per axis. halo: an int, or per axis an int or (before, after).
-    rel: one table [R_a, D] per axis, R_a odd, shared by the heads, not scaled (HaloNet). Row o_a + (R_a - 1) / 2
-        belongs to offset o_a; offsets outside the table take its first or last row.
+    rel: one table [R_a, D] per axis, R_a odd, shared by the heads, not scaled (HaloNet). Row
+        o_a + (R_a - 1) / 2 belongs to offset o_a; offsets outside the table take its first or last row.
     bias: [H, *R], one odd R per axis, the same row rule on every axis (Swin's relative position bias).
     stride: an int or one per axis, dividing block; keeps the queries at indices 0, stride, 2 stride, ...
     scale: D^-1/2 if None.
-    padding: what stands outside the volume. "masked": nothing. "zero": keys and values of zeros, which keep their
-        position terms and take part in the softmax (timm's HaloNet weights were trained so).
+    padding: what stands outside the volume. "masked": nothing. "zero": keys and values of zeros, which keep
+        their position terms and take part in the softmax (timm's HaloNet weights were trained so).
 
     Tables are used in q's dtype. Returns [B, *ceil(size / stride), H, E]. Raises ValueError or TypeError for
-    arguments that do not fit. References: Vaswani et al. 2021 (HaloNet), Jiang et al. 2019 (halo on one side),
-    Liu et al. 2021 (Swin).
+    arguments that do not fit.
+
+    References: Vaswani et al. 2021 (HaloNet), Jiang et al. 2019 (halo on one side), Liu et al. 2021 (Swin).
     """
     axes = len(check_qkv(q, k, v))
     blocks = per_axis("block", block, axes, smallest=1)
@@ -74,13 +74,9 @@ def block_attention(
         for axis, table in enumerate(rel):
             check_table(f"rel[{axis}]", table, q.shape[-1], q)
     if bias is not None:
-        if bias.ndim != 1 + axes or bias.shape[0] != q.shape[-2] or any(n % 2 == 0 for n in bias.shape[1:]):
-            raise ValueError(
-                f"bias must be [{q.shape[-2]}, {', '.join(['R'] * axes)}] (heads, one odd R per axis), "
-                f"got {shape(bias)}"
-            )
-        check_parameter("bias", bias, q)
-    return select("block_attention", IMPLEMENTATIONS, impl, q)(
+        check_bias("bias", bias, axes, q)
+    run = select("block_attention", IMPLEMENTATIONS, impl, q)
+    return run(
         q,
         k,
         v,

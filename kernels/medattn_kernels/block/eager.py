@@ -1,4 +1,4 @@
-"""Block attention in plain torch, slab by slab: neither all logits nor all key windows ever exist together."""
+"""Block attention in plain torch, slab by slab: logits and key windows never exist all together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from medattn_kernels.block.tiling import (
 )
 
 
-
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -39,9 +38,9 @@ def block_attention(
 ) -> Tensor:
     """`medattn_kernels.block_attention` on any device, differentiable once.
 
-    q.rel is needed once per query and place along an axis, not per pair: these products become further columns of
-    the queries, and ones at the key's places become the same columns of the keys. One matrix product then gives the
-    whole logit.
+    q.rel is needed once per query and place along an axis, not per pair: these products become further
+    columns of the queries, and ones at the key's places the same columns of the keys, so that one matrix
+    product gives the whole logit.
     """
     tiles = tuple(
         cut(n, b, h, t, masked) for n, b, h, t in zip(q.shape[1:-2], block, halo, stride, strict=True)
@@ -49,7 +48,9 @@ def block_attention(
     queries = query_blocks(q, tiles)
     columns = [scale * queries] if rel is None else [scale * queries, *_relative(queries, tiles, rel)]
     table = None if bias is None else _pairs(bias.to(q.dtype), tiles)
-    out = _Windowed.apply(torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, tiles, masked)
+    out: Tensor = _Windowed.apply(  # type: ignore[no-untyped-call]
+        torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, tiles, masked
+    )
     return merge_blocks(out, tiles)
 
 
@@ -90,8 +91,8 @@ class _Windowed(torch.autograd.Function):
     """Softmax attention of query blocks on their key windows; the backward pass forms the logits again.
 
     q: [B, *blocks, H, queries, D + P], P columns for places along the axes or none. k, v: padded volumes.
-    bias: [H, queries, keys] or None. Returns [B, *blocks, H, queries, E]. Computes in the inputs' dtype, under
-    autocast too; gradients of k, v and bias are summed in float32 at least.
+    bias: [H, queries, keys] or None. Returns [B, *blocks, H, queries, E]. Computes in the inputs' dtype, also
+    under autocast; gradients of k, v and bias are summed in float32 at least.
     """
 
     @staticmethod
@@ -166,17 +167,17 @@ def _outside(tiles: Tiles, q: Tensor) -> Tensor | None:
     for t in tiles:
         one = t.outside(q.device)
         outside = (outside[:, None, :, None] | one[None, :, None, :]).flatten(2, 3).flatten(0, 1)
-    return outside.unflatten(0, [t.blocks for t in tiles]).expand(len(q), *(-1,) * (len(tiles) + 1))
+    return torch.unflatten(outside, 0, [t.blocks for t in tiles]).expand(len(q), *(-1,) * (len(tiles) + 1))
 
 
 def _relative(queries: Tensor, tiles: Tiles, rel: tuple[Tensor, ...]) -> list[Tensor]:
     """q.rel per axis for every place of that axis in the window, each [B, *blocks, H, queries, window]."""
-    near = queries.unflatten(-2, [t.queries for t in tiles])
+    near = torch.unflatten(queries, -2, [t.queries for t in tiles])
     terms = []
     for axis, (t, table) in enumerate(zip(tiles, rel, strict=True)):
         rows = table.to(queries.dtype)[_row(t.offset(queries.device), table.shape[0])]  # [queries, window, D]
         along = near.movedim(axis - len(tiles) - 1, 0)
-        term = (along.flatten(1, -2) @ rows.mT).unflatten(1, along.shape[1:-1])
+        term = torch.unflatten(along.flatten(1, -2) @ rows.mT, 1, along.shape[1:-1])
         terms.append(term.movedim(0, axis - len(tiles) - 1).flatten(-len(tiles) - 1, -2))
     return terms
 

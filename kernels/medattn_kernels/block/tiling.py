@@ -15,8 +15,9 @@ from torch import Tensor
 class Tiling:
     """One axis, cut.
 
-    size: voxels. blocks: number of blocks. block: voxels from one block's start to the next one's. stride: voxels
-    between queries. before, window: a key window starts `before` voxels ahead of its block and has `window` positions.
+    size: voxels. blocks: number of blocks. block: voxels from one block's start to the next one's.
+    stride: voxels between queries. before, window: a key window starts `before` voxels ahead of its block and
+    has `window` positions.
     """
 
     size: int
@@ -52,7 +53,7 @@ Tiles = tuple[Tiling, ...]
 
 
 def cut(size: int, block: int, halo: tuple[int, int], stride: int, masked: bool) -> Tiling:
-    """Cut one axis. Where the outside of the volume is masked, windows do not reach further than any block needs."""
+    """Cut one axis. If the outside of the volume is masked, windows reach no further than a block needs."""
     blocks = -(-size // block)
     before, after = halo
     if masked:
@@ -67,14 +68,14 @@ def query_blocks(q: Tensor, tiles: Tiles) -> Tensor:
     q = q[:, *(slice(None, None, t.stride) for t in tiles)]
     q = _pad(q, [(0, t.blocks * t.queries - n) for t, n in zip(tiles, q.shape[1:-2], strict=True)])
     for axis, t in enumerate(tiles):
-        q = q.unflatten(1 + 2 * axis, (t.blocks, t.queries))
+        q = torch.unflatten(q, 1 + 2 * axis, (t.blocks, t.queries))
     return q.permute(0, *range(1, 2 * axes, 2), -2, *range(2, 2 * axes + 1, 2), -1).flatten(axes + 2, -2)
 
 
 def merge_blocks(out: Tensor, tiles: Tiles) -> Tensor:
     """[B, *blocks, H, queries, E] -> [B, *ceil(size / stride), H, E]: the inverse of `query_blocks`."""
     axes = len(tiles)
-    out = out.unflatten(-2, [t.queries for t in tiles])
+    out = torch.unflatten(out, -2, [t.queries for t in tiles])
     pairs = [axis for a in range(axes) for axis in (1 + a, axes + 2 + a)]
     out = out.permute(0, *pairs, axes + 1, -1)
     for axis in range(axes):
@@ -107,7 +108,8 @@ def add_windows(x: Tensor, part: Tensor, tiles: Tiles, batch: slice, rows: slice
     axes = len(tiles)
     x = _slab(x, tiles, batch, rows)
     blocks = [(x.shape[1 + axis] - t.window) // t.block + 1 for axis, t in enumerate(tiles)]
-    part = part.unflatten(0, (-1, *blocks)).unflatten(-2, [t.window for t in tiles]).movedim(-1, axes + 2)
+    part = torch.unflatten(torch.unflatten(part, 0, (-1, *blocks)), -2, [t.window for t in tiles])
+    part = part.movedim(-1, axes + 2)  # [b, *blocks, H, D, *window]
     for starts in product(*(range(0, t.window, t.block) for t in tiles)):
         target, source = x, part
         for axis, (t, start) in enumerate(zip(tiles, starts, strict=True)):
