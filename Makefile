@@ -20,7 +20,10 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.torch: Makefile
+# the stamp carries the choice of torch, so that another choice installs anew
+TORCH_STAMP := $(VENV)/.torch-$(shell printf %s "$(TORCH)" | cksum | cut -d " " -f 1)
+
+$(TORCH_STAMP): Makefile
 	@echo "== $(VENV): $(TORCH)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "medattn needs Python 3.11 or newer, found $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
@@ -28,7 +31,7 @@ $(VENV)/.torch: Makefile
 	@$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.torch $(PINNED)
+$(VENV)/.ready: $(TORCH_STAMP) $(PINNED)
 	@echo "== $(VENV): medattn and its dependencies"
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@

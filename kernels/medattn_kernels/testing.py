@@ -32,7 +32,7 @@ def make_qkv(
     layout: Layout = "contiguous",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Normal q, k [batch, *size, heads, width] and v [.., value_width]; the same values in every layout and dtype.
+    """Normal q, k [batch, *size, heads, width] and v [.., value_width]: the same numbers in every layout.
 
     layout: the strides. "channels first": heads and widths vary slowest, as in the features of a network.
     "reversed": the strides of the axes in reverse order. "strided": every second entry of a larger tensor.
@@ -65,8 +65,8 @@ def assert_within_budget(
 ) -> None:
     """Assert that `actual` is at most `factor` times as far from the float64 `truth` as `eager` is.
 
-    eager: the specification computed in actual's dtype; its error and one rounding of the largest value are the
-    budget. NaN and a wrong shape or dtype fail.
+    eager: the specification computed in actual's dtype; its error and one rounding of the largest value are
+    the budget. NaN and a wrong shape or dtype fail.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from medattn.io import read_volume
 
 FORMAT = 1  # raise it when the contents of an entry change
 CHUNK = 32  # voxels: a patch touches few chunks, and each decompresses in the caches
+ABANDONED_SECONDS = 24 * 3600  # a half-made entry this old belongs to a process that was killed
 ANCHORS = 2000  # voxels kept per organ to centre patches on
 
 
@@ -70,6 +72,9 @@ def prepare_cases(
 ) -> list[Prepared]:
     """Bring every case to the plan's grid, or find it in the store, in the order of `cases`."""
     store.mkdir(parents=True, exist_ok=True)
+    for abandoned in store.glob(".writing-*"):
+        if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(abandoned, ignore_errors=True)
     prepare = partial(_prepare, labels=labels, plan=plan, store=store)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         prepared = []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ def save_checkpoint(
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
-        save(_content(model, averaged, optimizer, state), checkpoint_id=building, no_dist=True)
+        with _alone():
+            save(_content(model, averaged, optimizer, state), checkpoint_id=building, no_dist=True)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise InputError(
@@ -58,7 +62,8 @@ def load_checkpoint(
         raise InputError(f"{folder}: no checkpoint to resume from; start again with --overwrite")
     content = _content(model, averaged, optimizer, state)
     try:
-        load(content, checkpoint_id=folder, no_dist=True)
+        with _alone():
+            load(content, checkpoint_id=folder, no_dist=True)
     except (OSError, CheckpointException) as error:
         raise InputError(
             f"{folder}: cannot be loaded ({_cause(error)}); it was made with another network or is damaged: "
@@ -69,6 +74,14 @@ def load_checkpoint(
     torch.set_rng_state(content["random"])
     for field in dataclasses.fields(State):
         setattr(state, field.name, content["state"][field.name])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process is what we mean; torch would warn of it each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _content(

@@ -68,6 +68,8 @@ class Schedule:
         return self.peak * fall * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
+RESERVE = 1.3  # times the last validation: the next one may find a busier machine
+
 BatchT = TypeVar("BatchT", bound=Batch)
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -88,16 +90,18 @@ def fit(
     keep_best: Callable[[], None],
     save: Callable[[], None],
     started: float,
+    reserve_seconds: float = 0.0,
 ) -> str:
     """Train until `limits` say stop; returns why: "steps", "time", "patience", "SIGTERM" or "SIGINT".
 
-    started: `time.monotonic()` at the start of the command, which max_seconds counts from.
+    started: `time.monotonic()` at the start of the command, which max_seconds counts from. reserve_seconds:
+    how much of that the last validation is expected to take; each validation measures it anew.
     batches: from `state.step` on. validate: a score, higher is better, of `averaged`. `save` is called every
     `save_every` steps and once at the end, also after SIGTERM or Ctrl-C, so that a run can go on from there.
 
     Raises InputError with step and case names for a loss or gradient that is not finite.
     """
-    clock = Clock(state, limits, started)
+    clock = Clock(state, limits, started, reserve_seconds)
     with caught_signals() as stop:
         while True:
             if reason := _reason(state, limits, clock, stop):
@@ -150,11 +154,11 @@ def training_step(
 class Clock:
     """Wall clock of a run over all its sessions, and how far the run is: by steps or by time."""
 
-    def __init__(self, state: State, limits: Limits, started: float) -> None:
+    def __init__(self, state: State, limits: Limits, started: float, reserve_seconds: float) -> None:
         self._state, self._limits = state, limits
         self._offset = started - state.seconds
         self.tick()
-        self._reserve = 0.0 if limits.max_seconds is None else 0.03 * limits.max_seconds
+        self._reserve = reserve_seconds
         self._first = (state.step, state.seconds)
 
     def tick(self) -> None:
@@ -162,8 +166,8 @@ class Clock:
         self._state.seconds = time.monotonic() - self._offset
 
     def reserve(self, seconds: float) -> None:
-        """Keep this long free before the limit, for the last validation and the model."""
-        self._reserve = 1.3 * seconds
+        """Keep this long free before the limit, for the last validation."""
+        self._reserve = RESERVE * seconds
 
     def progress(self) -> float:
         """Share of the run that is over."""

@@ -1,7 +1,7 @@
 """The `medattn` command: finds the subcommand, runs it, and turns what went wrong into one line and a code.
 
-Exit codes: 0 done, 1 `check` found errors in the data, 2 the input or the machine does not allow it,
-130 interrupted by Ctrl-C, 141 the reader of a pipe went away, 143 stopped by SIGTERM.
+Exit codes: 0 done, or saved and stopped on SIGTERM; 1 `check` found errors in the data; 2 the input or the
+machine does not allow it, or Ctrl-C; 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(*error.problems)
     except KeyboardInterrupt as interrupt:
         print(f"\nmedattn: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 2
     except BrokenPipeError:
         _drop_output()
         return 141

@@ -62,8 +62,8 @@ def import_(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     """Print a table of findings; 1 if there is an error among them."""
-    from medattn.data.cases import read_cases
-    from medattn.data.check import check_cases
+    from medattn.data.cases import load_cases
+    from medattn.data.check import check_folder
     from medattn.data.repair import complete_contoured
     from medattn.labels import LabelSet
     from medattn_pipelines.progress import case_progress, print_table
@@ -71,9 +71,8 @@ def check(args: Namespace) -> int:
     label_set = LabelSet.load(args.labels)
 
     def examine() -> Checkup:
-        folder = read_cases(args.data)
-        with case_progress("Reading cases", len(folder.cases)) as tick:
-            return check_cases(folder, label_set, workers=args.workers, on_case=tick)
+        with case_progress("Reading cases", len(load_cases(args.data)[0].cases)) as tick:
+            return check_folder(args.data, label_set, workers=args.workers, on_case=tick)
 
     checkup = examine()
     if args.repair and (added := complete_contoured(args.data, checkup.fingerprints)):
@@ -88,7 +87,7 @@ def check(args: Namespace) -> int:
 
 
 def train(args: Namespace) -> int:
-    """Train; 128 plus the signal's number if a signal ended it."""
+    """Train; 0 also when SIGTERM ended it, which is how a scheduler asks, and 2 when Ctrl-C did."""
     from medattn_pipelines.configfile import load
 
     config = load(args.config, args.overrides)  # before torch is imported: a typo shows at once

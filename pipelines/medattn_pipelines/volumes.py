@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -31,13 +31,13 @@ from medattn.networks.registry import family
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
-from medattn.training.loop import Limits, Schedule, State, averaged_model, fit
+from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
 from medattn.training.tracking import Tracker
 from medattn_pipelines.config import Config
 from medattn_pipelines.configfile import flatten
 from medattn_pipelines.evaluation import evaluate
 from medattn_pipelines.prediction import segment_all
-from medattn_pipelines.progress import case_progress, training_progress
+from medattn_pipelines.progress import Update, case_progress, training_progress
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
 
@@ -88,6 +88,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
     segmenter = Segmenter(quick, averaged.module, device, precision)
 
+    validation = folder.split("validation")
+    begun = time.monotonic()
+    segmenter.segment(
+        read_volume(validation[0].image)
+    )  # shows now, not in an hour, that memory suffices
+    reserve_seconds = RESERVE * len(validation) * (time.monotonic() - begun)
+
     with (
         Tracker(
             run,
@@ -98,22 +105,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         ) as tracker,
         training_progress(config.training.steps) as show,
     ):
-        recent: list[Mapping[str, float]] = []
-
-        def on_step(values: Mapping[str, float]) -> None:
-            note = f"Dice {state.best:.3f} at step {state.best_step}" if state.best_step else ""
-            show(state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
-            recent.append(values)
-            if state.step % config.training.log_every == 0:
-                tracker.log(state.step, **{name: fmean(one[name] for one in recent) for name in values})
-                recent.clear()
-
-        def validate() -> float:
-            scores = validation_dice(segmenter, folder, plan.organs)
-            mean = fmean(scores.values())
-            tracker.log(state.step, validation_dice=mean, **{f"dice/{k}": v for k, v in scores.items()})
-            return mean
-
+        record = Record(tracker, show, state, config.training.log_every)
         reason = fit(
             network,
             training_batches(config, card, prepared, device, state.step),
@@ -124,11 +116,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             state=state,
             limits=make_limits(config),
             clip=config.training.gradient_clip,
-            on_step=on_step,
-            validate=validate,
+            on_step=record.step,
+            validate=lambda: record.validation(validation_dice(segmenter, folder, plan.organs)),
             keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
             save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
             started=started,
+            reserve_seconds=reserve_seconds,
         )
         evaluation = None
         if not reason.startswith("SIG"):
@@ -136,6 +129,34 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             tracker.artifact(run / "report")
             tracker.artifact(run / "model")
     return Trained(run, reason, state.step, evaluation)
+
+
+@dataclass
+class Record:
+    """Tells the progress line and the journal how a training goes, the journal in means over log_every steps."""
+
+    tracker: Tracker
+    show: Update
+    state: State
+    log_every: int
+    recent: list[Mapping[str, float]] = field(default_factory=list)
+
+    def step(self, values: Mapping[str, float]) -> None:
+        """After each step."""
+        note = f"Dice {self.state.best:.3f} at step {self.state.best_step}" if self.state.best_step else ""
+        self.show(self.state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
+        self.recent.append(values)
+        if self.state.step % self.log_every == 0:
+            means = {name: fmean(one[name] for one in self.recent) for name in values}
+            self.tracker.log(self.state.step, **means)
+            self.recent.clear()
+
+    def validation(self, dice_of: Mapping[str, float]) -> float:
+        """After a validation: organ -> mean Dice. Returns the mean over organs, which ranks checkpoints."""
+        mean = fmean(dice_of.values())
+        by_organ = {f"dice/{organ}": score for organ, score in dice_of.items()}
+        self.tracker.log(self.state.step, validation_dice=mean, **by_organ)
+        return mean
 
 
 def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:

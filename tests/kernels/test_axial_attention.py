@@ -17,7 +17,7 @@ from medattn_kernels.testing import (
 )
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 SIZES_AND_AXES = [
     pytest.param(size, axis, id=f"{'x'.join(map(str, size))}-axis{axis}")
     for size in AWKWARD_SIZES
@@ -60,7 +60,7 @@ def test_eager_with_all_terms_matches_the_specification_in_every_gradient(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("span", [None, 1, 3])
+@pytest.mark.parametrize("span", [None, 3])
 def test_eager_without_tables_matches_the_specification(dtype: torch.dtype, span: int | None) -> None:
     """The fused path, with value heads wider and narrower than query heads."""
     for value_width in (4, 8):
@@ -69,7 +69,7 @@ def test_eager_without_tables_matches_the_specification(dtype: torch.dtype, span
         _assert_eager_within_budget(tensors | {"gain": _tables((1, 1, 1))["gain"]}, dtype, axis=-1, span=span)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     size=st.lists(st.integers(1, 6), min_size=1, max_size=3),
     axis=st.integers(0, 2),

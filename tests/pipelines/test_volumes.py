@@ -24,8 +24,6 @@ from medattn.data.phantom import write_phantoms
 from medattn.errors import InputError
 from medattn.io import Volume, read_volume, write_volume
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 TINY = [
     "data.spacing_mm=[10, 10, 10]",
     "data.patch_size=[16, 16, 16]",

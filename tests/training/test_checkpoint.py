@@ -16,8 +16,6 @@ from medattn.errors import InputError
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import State, averaged_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 Parts = tuple[nn.Module, AveragedModel, torch.optim.Optimizer, State]
 
 

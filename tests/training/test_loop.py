@@ -84,8 +84,8 @@ def test_schedules_follow_their_formulas() -> None:
 
 def test_progress_is_the_larger_of_steps_and_time() -> None:
     state = State(step=25)
-    clock = Clock(state, limits(steps=100, max_seconds=100.0), time.monotonic() - 48.5)
-    assert clock.progress() == pytest.approx(0.5, abs=0.01)  # 3 % are kept for the last validation
+    clock = Clock(state, limits(steps=100, max_seconds=100.0), time.monotonic() - 48.5, 3.0)
+    assert clock.progress() == pytest.approx(48.5 / 97, abs=0.01)
     state.step = 80
     assert clock.progress() == pytest.approx(0.8)
     clock.reserve(20)
@@ -94,7 +94,7 @@ def test_progress_is_the_larger_of_steps_and_time() -> None:
 
 
 def test_time_already_spent_counts_after_a_resume() -> None:
-    clock = Clock(State(seconds=90.0), limits(max_seconds=100.0), time.monotonic())
+    clock = Clock(State(seconds=90.0), limits(max_seconds=100.0), time.monotonic(), 0.0)
     assert clock.progress() > 0.9
 
 

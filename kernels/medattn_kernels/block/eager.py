@@ -105,14 +105,14 @@ class _Windowed(torch.autograd.Function):
                 part = slab.of(out)
                 for n, m in slab.chunks():
                     part[n, :, m] = slab.attention(n, m, bias) @ slab.values[n]
-        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.save_for_backward(q, k, v, bias)
         ctx.tiles, ctx.masked = tiles, masked
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out = ctx.saved_tensors
+        q, k, v, bias = ctx.saved_tensors
         precise = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
@@ -122,11 +122,11 @@ class _Windowed(torch.autograd.Function):
             dkeys = torch.zeros_like(slab.keys[..., : k.shape[-1]], dtype=precise)
             dvalues = torch.zeros_like(slab.values, dtype=precise)
             part, dout = slab.of(dq), slab.of(grad)
-            centre = (dout * slab.of(out)).sum(-1, keepdim=True)  # sum of weight x its gradient, per query
             for n, m in slab.chunks():
                 attention = slab.attention(n, m, bias)
                 dvalues[n] += attention.mT @ dout[n, :, m]
-                dlogits = (dout[n, :, m] @ slab.values[n].mT).sub_(centre[n, :, m]).mul_(attention)
+                dattention = dout[n, :, m] @ slab.values[n].mT
+                dlogits = torch._softmax_backward_data(dattention, attention, -1, attention.dtype)
                 part[n, :, m] = dlogits @ slab.keys[n]
                 dkeys[n] += dlogits.mT @ slab.queries[n, :, m, : k.shape[-1]]
                 if dbias is not None:
