@@ -90,9 +90,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
     validation = folder.split("validation")
     begun = time.monotonic()
-    segmenter.segment(
-        read_volume(validation[0].image)
-    )  # shows now, not in an hour, that memory suffices
+    segmenter.segment(read_volume(validation[0].image))  # shows now, not in an hour, that memory suffices
     reserve_seconds = RESERVE * len(validation) * (time.monotonic() - begun)
 
     with (
@@ -133,7 +131,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 @dataclass
 class Record:
-    """Tells the progress line and the journal how a training goes, the journal in means over log_every steps."""
+    """Tells the progress line how a training goes, and the journal in means over log_every steps."""
 
     tracker: Tracker
     show: Update

@@ -81,5 +81,10 @@ def test_flip_averages_the_mirrored_view_with_paired_organs_swapped() -> None:
         return torch.cat([x * 0, x + ramp, x + 1 - ramp], 1)
 
     x = torch.rand(1, 1, 6, 3, 3)
-    symmetric = (x + x.flip(2)) / 2
-    torch.testing.assert_close(with_flip(sided, (1, 0))(x), sided(symmetric))
+    torch.testing.assert_close(with_flip(sided, (1, 0))(x), sided(x))
+
+    def always_left(x: Tensor) -> Tensor:
+        return torch.cat([x * 0, x * 0 + 1, x * 0], 1)
+
+    averaged = with_flip(always_left, (1, 0))(x)
+    assert averaged[:, 1:].unique().tolist() == [0.5]
