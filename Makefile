@@ -29,6 +29,7 @@ $(TORCH_STAMP): Makefile
 		{ echo "medattn needs Python 3.11 or newer, found $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
+	@rm -f $(VENV)/.torch-*
 	@touch $@
 
 $(VENV)/.ready: $(TORCH_STAMP) $(PINNED)

@@ -150,16 +150,15 @@ def load_model(folder: Path) -> tuple[ModelCard, nn.Module]:
         ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{folder / 'model.json'}: not readable as JSON ({error})") from None
-    if content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(
             f"{folder / 'model.json'}: written by another version of medattn, expected format {FORMAT}"
         )
-    content["plan"] = read_plan(content["plan"])
-    content["labels"] = {int(value): name for value, name in content["labels"].items()}
-    content["mirror"] = None if content["mirror"] is None else tuple(content["mirror"])
-    content["organs"] = {name: _organ(fields) for name, fields in content["organs"].items()}
-    content["settings"] = Settings(**content["settings"])
-    card = ModelCard(**content)
+    try:
+        card = _card(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder / 'model.json'}: damaged ({reason}); copy the model again") from None
     network = card.build()
     try:
         network.load_state_dict(load_file(folder / "model.safetensors"))
@@ -176,6 +175,18 @@ def read_plan(content: Mapping[str, Any]) -> Plan:
     triples = {name: tuple(content[name]) for name in ("organs", "spacing_mm", "patch_size", "window_hu")}
     strides = tuple(tuple(stride) for stride in content["strides"])
     return Plan(**{**content, **triples, "strides": strides})
+
+
+def _card(content: Mapping[str, Any]) -> ModelCard:
+    mirror = content["mirror"]
+    typed = {
+        "plan": read_plan(content["plan"]),
+        "labels": {int(value): str(name) for value, name in content["labels"].items()},
+        "organs": {name: _organ(fields) for name, fields in content["organs"].items()},
+        "mirror": None if mirror is None else tuple(mirror),
+        "settings": Settings(**content["settings"]),
+    }
+    return ModelCard(**{**content, **typed})
 
 
 def _organ(fields: Mapping[str, Any]) -> Organ:

@@ -32,7 +32,7 @@ def side_errors(label: Array, geometry: Geometry, organs: Mapping[int, Organ]) -
 def _centroids_x_mm(label: Array, geometry: Geometry, organs: Mapping[int, Organ]) -> dict[str, float]:
     """Organ name -> x of its centroid (LPS, grows to the patient's left), of paired organs that are there."""
     integers = label if label.dtype.kind in "iu" else label.astype(np.int32)
-    boxes = ndimage.find_objects(integers)
+    boxes = ndimage.find_objects(integers, max_label=max(organs, default=0))
     centroids = {}
     for value, organ in organs.items():
         box = boxes[value - 1] if organ.pair is not None and 0 < value <= len(boxes) else None

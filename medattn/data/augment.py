@@ -63,14 +63,18 @@ class Augmentation:
         size = torch.tensor(batch.label.shape[1:], dtype=torch.float32)
         changed = torch.rand(len(batch.cases), generator=rng) < self.affine_probability
         matrices = torch.stack([self._matrix(size, rng) for _ in batch.cases])
-        image, label = list(torch.split(batch.image, 1)), list(torch.split(batch.label[:, None], 1))
-        for number in torch.nonzero(changed).flatten().tolist():
-            theta = matrices[number : number + 1].to(batch.image.device)
-            grid = F.affine_grid(theta, list(image[number].shape), align_corners=False)
-            at: dict[str, Any] = {"grid": grid, "padding_mode": "border", "align_corners": False}
-            image[number] = F.grid_sample(image[number], **at)
-            label[number] = F.grid_sample(label[number].float(), mode="nearest", **at).to(torch.uint8)
-        return replace(batch, image=torch.cat(image), label=torch.cat(label)[:, 0])
+        if not bool(changed.any()):
+            return batch
+        which = torch.nonzero(changed).flatten().to(batch.image.device)
+        image, label = batch.image[which], batch.label[which, None].float()
+        grid = F.affine_grid(matrices[changed].to(image.device), list(image.shape), align_corners=False)
+        at: dict[str, Any] = {"grid": grid, "padding_mode": "border", "align_corners": False}
+        turned = F.grid_sample(label, mode="nearest", **at)[:, 0].to(torch.uint8)
+        return replace(
+            batch,
+            image=batch.image.index_copy(0, which, F.grid_sample(image, **at)),
+            label=batch.label.index_copy(0, which, turned),
+        )
 
     def _matrix(self, size: Tensor, rng: torch.Generator) -> Tensor:
         """[3, 4] sampling matrix in grid_sample's coordinates: last axis first, patch edges at -1 and 1."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medattn.data.plan import Plan
+from medattn.errors import InputError
 from medattn.geometry import Array, Geometry, Reorientation
 from medattn.io import Volume
 from medattn.resample import resample, resample_labels
@@ -23,12 +24,20 @@ def prepared_geometry(geometry: Geometry, spacing_mm: Sequence[float]) -> tuple[
 
 
 def prepare_image(volume: Volume, plan: Plan) -> Tensor:
-    """CT volume in HU -> [i, j, k] float32 on the planned grid, the window mapped to [-1, 1]."""
+    """CT volume in HU -> [i, j, k] float32 on the planned grid, the window mapped to [-1, 1].
+
+    Raises InputError for voxels that are not finite, which a window would not tell from air.
+    """
     grid, turn = prepared_geometry(volume.geometry, plan.spacing_mm)
     hu = torch.from_numpy(np.ascontiguousarray(turn.apply(volume.array), dtype=np.float32))
-    hu = resample(hu.clamp_(*plan.window_hu), grid.size)
+    if not bool(hu.isfinite().all()):
+        wrong = int((~hu.isfinite()).sum())
+        raise InputError(
+            f"{wrong} voxels are not finite numbers, expected CT numbers in HU; repair or re-export it"
+        )
     low, high = plan.window_hu
-    return hu.sub_((low + high) / 2).div_((high - low) / 2)
+    windowed = resample(hu.clamp(low, high), grid.size)  # a copy: hu may share the volume's memory
+    return windowed.sub((low + high) / 2).div_((high - low) / 2)
 
 
 def prepare_labels(volume: Volume, plan: Plan, labels: Mapping[int, str]) -> Tensor:

@@ -5,6 +5,7 @@ Fields: Slicer's developer guide, "Segmentation labelmap file format (.seg.nrrd)
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def write_seg_nrrd(path: str | Path, labels: Array, geometry: Geometry, organs: 
     with atomic_path(path) as temporary:
         write_nrrd(temporary, voxels, geometry, fields)
         if problem := _difference(temporary, voxels, geometry, fields):
-            raise OSError(f"{path}: does not read back as it was written: {problem}")
+            raise OSError(errno.EIO, f"does not read back as it was written: {problem}", str(path))
 
 
 def segmentation_fields(geometry: Geometry, organs: Mapping[int, Organ]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -76,14 +77,14 @@ def write_nrrd(path: Path, array: Array, geometry: Geometry, fields: Mapping[str
         try:
             sitk.WriteImage(image, str(temporary), imageIO="NrrdImageIO", useCompression=True)
         except RuntimeError as error:
-            raise OSError(f"{path}: cannot be written ({_reason(error)})") from None
+            raise OSError(errno.EIO, f"cannot be written ({_reason(error)})", str(path)) from None
         # the writer does not notice a disk that fills up with its last bytes, where gzip keeps its checksum
         end = struct.pack("<2I", zlib.crc32(voxels_KJI.data), voxels_KJI.nbytes % 2**32)
         with temporary.open("rb") as file:
             file.seek(-len(end), os.SEEK_END)
             whole = file.read() == end
         if not whole:
-            raise OSError(f"{path}: cannot be written whole (is the disk full?)")
+            raise OSError(errno.ENOSPC, "cannot be written whole", str(path))
 
 
 def _broken(path: Path, error: RuntimeError) -> InputError:

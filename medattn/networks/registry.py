@@ -44,11 +44,14 @@ def create(name: str, **options: Any) -> nn.Module:
     """
     try:
         return builder(name)(**options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        option = str(error).rsplit(" ", 1)[-1]
-        raise InputError(f"network {name!r} has no option {option}") from error
+    except InputError:
+        raise
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if "unexpected keyword argument" in str(error):
+            option = str(error).rsplit(" ", 1)[-1]
+            raise InputError(f"network {name!r} has no option {option}") from error
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise InputError(f"network {name!r} cannot be built with {given}: {error}") from error
 
 
 def builder(name: str) -> Builder:

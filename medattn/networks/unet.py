@@ -148,6 +148,8 @@ def _check(
 ) -> None:
     if dims not in (2, 3):
         raise InputError(f"spatial_dims is {dims}, expected 2 or 3")
+    if not steps:
+        raise InputError("a U-Net needs a stride beyond that of its first convolution; give more strides")
     if len(steps) != len(widths) - 1 or len(counts) != len(widths):
         raise InputError(
             f"{len(widths)} widths need {len(widths) - 1} strides and {len(widths)} convs, "

@@ -55,7 +55,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate: linear warm-up, then cosine or poly (exponent 0.9) to zero at progress 1."""
+    """Learning rate: cosine or poly (exponent 0.9) to zero at progress 1, after a linear warm-up.
+
+    The warm-up takes warmup_steps, but at most a tenth of the run.
+    """
 
     peak: float
     warmup_steps: int
@@ -65,7 +68,8 @@ class Schedule:
         """The rate of step `step` (from 0) when a share `progress` of the run is over."""
         left = 1 - min(1.0, progress)
         fall = 0.5 * (1 - math.cos(math.pi * left)) if self.shape == "cosine" else left**0.9
-        return self.peak * fall * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        warmth = max((step + 1) / max(1, self.warmup_steps), 10 * progress)
+        return self.peak * fall * min(1.0, warmth)
 
 
 RESERVE = 1.3  # times the last validation: the next one may find a busier machine
@@ -123,11 +127,11 @@ def fit(
                 clock.reserve(_validate(state, validate, keep_best))
             if state.step % limits.save_every == 0:
                 save()
-        if not stop and state.step % limits.validate_every != 0:
+        if not stop and (state.step % limits.validate_every != 0 or state.best == -math.inf):
             _validate(state, validate, keep_best)
         clock.tick()
         save()
-    return reason
+        return signal.Signals(stop[0]).name if stop else reason
 
 
 def training_step(

@@ -22,7 +22,11 @@ MACHINE_ERRORS = {
     errno.EDQUOT: "the disk quota is used up; what was complete before is intact",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
+    errno.EIO: "could not be written whole; look at the disk, then try again",
     errno.EROFS: "the file system is read-only",
+    errno.EEXIST: "exists and is not a folder; choose another name",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another name",
+    errno.EISDIR: "is a folder, expected a file; choose another name",
 }
 FOOTER = """\
 `medattn COMMAND --help` explains a command with examples.

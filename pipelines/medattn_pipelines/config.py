@@ -35,7 +35,16 @@ Factor = Annotated[float, Field(gt=0, le=10)]
 FactorRange = Annotated[tuple[Factor, Factor], AfterValidator(_ordered)]
 Spacing = Annotated[float, Field(gt=0, le=50)]
 Edge = Annotated[int, Field(ge=1, le=1024)]
-FilePath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~name of a user that does not exist
+        raise ValueError(str(error)) from None
+
+
+FilePath = Annotated[Path, AfterValidator(_home)]
 
 
 class Section(BaseModel):
@@ -77,7 +86,7 @@ class Data(Section):
         default=0.15, ge=0, le=0.9, description="Share of patients held out where cases.json gives no split"
     )
     workers: int = Field(
-        default=2, ge=0, le=256, description="Processes that prepare and read cases; 0 = none extra"
+        default=2, ge=0, le=256, description="Threads that prepare and read cases; 0 = none extra"
     )
     cache: FilePath | None = Field(
         default=None, description="Folder for prepared volumes; null = `prepared` beside the run folder"
@@ -119,13 +128,13 @@ class Augment(Section):
     intensity_probability: Probability = Field(default=0.3, description="Chance of each of the changes below")
     contrast_range: FactorRange = Field(default=(0.75, 1.25), description="Range of the factor")
     brightness: float = Field(
-        default=0.1, ge=0, le=1, description="Largest shift, in standard deviations of the CT"
+        default=0.1, ge=0, le=1, description="Largest shift, in half widths of the HU window"
     )
     gamma_range: FactorRange = Field(
         default=(0.7, 1.5), description="Range of the exponent on the patch's range"
     )
     noise: float = Field(
-        default=0.05, ge=0, le=1, description="Largest noise deviation, in standard deviations of the CT"
+        default=0.05, ge=0, le=1, description="Largest noise deviation, in half widths of the HU window"
     )
     blur_mm: float = Field(
         default=1.5, ge=0, le=20, description="Largest deviation of the Gaussian blur, in mm"

@@ -108,6 +108,8 @@ def _read(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
         raise InputError(f"{path}: not readable as a text file ({error})") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply, or an anchor that refers to itself") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: {_not_yaml(error)}") from None
@@ -141,6 +143,8 @@ def _apply(content: dict[Any, Any], override: str) -> Loc:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: {_not_yaml(error)}") from None
+    except ValueError as error:
+        raise InputError(f"override {override!r}: not valid YAML: {error}") from None
     section = content
     for depth, key in enumerate(keys[:-1], start=1):
         if section.get(key) is None:

@@ -45,6 +45,11 @@ def segment_all(
     A volume that cannot be read does not stop the others; all such problems raise one InputError at the end.
     """
     card = segmenter.card
+    sources = {path.resolve() for path in volumes.values()}
+    if lost := [name for name in volumes if (output / f"{name}.nii.gz").resolve() in sources]:
+        raise InputError(
+            f"{output}: the result for {', '.join(lost)} would replace its own scan; choose another --output"
+        )
     names = {value: name for value, name in card.labels.items() if name in card.organs}
     output.mkdir(parents=True, exist_ok=True)
     write_labels(output / "labels.json", names)
@@ -55,10 +60,10 @@ def segment_all(
             begun = time.perf_counter()
             try:
                 volume = read_volume(path)
+                labels = segmenter.segment(volume)
             except InputError as error:
-                problems += error.problems
+                problems += [p if str(path) in p else f"{path}: {p}" for p in error.problems]
                 continue
-            labels = segmenter.segment(volume)
             write_volume(output / f"{name}.nii.gz", Volume(labels, volume.geometry))
             if "seg.nrrd" in export:
                 organs = {value: card.organs[organ] for value, organ in names.items()}
@@ -100,7 +105,7 @@ def find_volumes(inputs: Sequence[Path]) -> dict[str, Path]:
             )
         for path in volumes:
             stem = volume_stem(path)
-            name = path.resolve().parent.name if stem == "image" else stem
+            name = path.absolute().parent.name if stem == "image" else stem
             if found.setdefault(name, path) != path:
                 problems.append(
                     f"{path}: would be called {name} like {found[name]}; rename one or run them apart"
@@ -118,4 +123,5 @@ def _volumes(given: Path) -> list[Path]:
             return [given / f"image{suffix}"]
     entries = sorted(given.iterdir()) if given.is_dir() else []
     files = [path for path in entries if path.name.endswith(SUFFIXES) and not path.name.startswith(".")]
+    files = [path for path in files if volume_stem(path) != "label"]  # of a case folder without its image
     return files or [found for path in entries if path.is_dir() for found in _volumes(path)]

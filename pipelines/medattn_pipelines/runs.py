@@ -12,34 +12,35 @@ from medattn.errors import InputError
 from medattn_pipelines.config import Config
 from medattn_pipelines.configfile import dump
 
+TRACES = ("metrics.jsonl", "checkpoints", "model", "plan.json")  # what only a run writes
+
 
 def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     """The run folder with `config.yaml` in it: new, emptied (overwrite) or as it was (resume).
 
     Raises InputError where a run exists and neither was asked for, where there is nothing to resume, and
-    where overwriting would delete a folder that is not a run.
+    where a folder holds other things than a run: it is neither deleted nor mixed with one.
     """
-    run = config.run.dir
-    assert run is not None, "configfile.load fills in run.dir"
+    run = config.run_dir
+    names = {path.name for path in run.iterdir()} if run.is_dir() else set()
+    if names and not names & set(TRACES):
+        raise InputError(
+            f"{run}: holds {sorted(names)[0]!r} and no run; choose another folder with run.dir=..."
+        )
     # a command that stopped before its first step leaves these two, and nothing worth asking about
-    exists = run.is_dir() and any(path.name not in ("config.yaml", "plan.json") for path in run.iterdir())
-    if exists and not (resume or overwrite):
+    begun = bool(names - {"config.yaml", "plan.json"})
+    if begun and not (resume or overwrite):
         raise InputError(
             f"{run}: this run exists; continue it with --resume, replace it with --overwrite, "
             "or choose another folder with run.dir=..."
         )
-    if resume and not (run / "checkpoints").is_dir():
-        raise InputError(f"{run}: nothing to resume, no checkpoint was written here; leave out --resume")
-    if exists and overwrite:
-        if not (run / "config.yaml").is_file():
-            raise InputError(
-                f"{run}: holds no config.yaml, so it is no run and is not overwritten; choose another run.dir"
-            )
+    if resume and "checkpoints" not in names:
+        raise InputError(f"{run}: nothing to resume, no checkpoint was written here; start with --overwrite")
+    if names and not resume:
         shutil.rmtree(run)
-    if not resume:
-        (run / "plan.json").unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "config.yaml", dump(config))
+    if not resume:
+        write_text(run / "config.yaml", dump(config))
     return run
 
 

@@ -101,6 +101,9 @@ def _loose_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         images = {case: path.with_name("image.nii.gz") for case, path in found.items()}
         return found, {case: image for case, image in images.items() if image.is_file()}
     flat = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
+    maps = {volume_stem(path) for path in flat if not path.name.endswith(".seg.nrrd")}
+    # an export of the same segmentation for 3D Slicer may lie beside it
+    flat = [path for path in flat if not (path.name.endswith(".seg.nrrd") and volume_stem(path) in maps)]
     stems = [volume_stem(path) for path in flat]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"{folder}: two files each for {', '.join(twice)}; keep one")

@@ -34,7 +34,7 @@ from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
 from medattn.training.tracking import Tracker
 from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import flatten
+from medattn_pipelines.configfile import dump, flatten
 from medattn_pipelines.evaluation import evaluate
 from medattn_pipelines.prediction import segment_all
 from medattn_pipelines.progress import Update, case_progress, training_progress
@@ -73,9 +73,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             folder.split("train"),
             folder.labels,
             plan,
-            config.data.cache or run.parent / "prepared",
+            config.cache_dir,
             workers=config.data.workers,
             on_case=on_case,
+        )
+    if absent := [o for n, o in enumerate(plan.organs) if not any(len(case.anchors[n]) for case in prepared)]:
+        raise InputError(
+            f"{folder.root}: no training case holds {', '.join(absent)}; leave it out with data.organs"
         )
     torch.manual_seed(config.seed)
     network = card.build().to(device)
@@ -84,6 +88,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     state = State()
     if resume:
         load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
+        write_text(run / "config.yaml", dump(config))
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
     segmenter = Segmenter(quick, averaged.module, device, precision)
@@ -122,7 +127,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             reserve_seconds=reserve_seconds,
         )
         evaluation = None
-        if not reason.startswith("SIG"):
+        if reason.startswith("SIG"):
+            tracker.close("killed")
+        else:
             evaluation = finish(config, run, card, state, folder, segmenter)
             tracker.artifact(run / "report")
             tracker.artifact(run / "model")
@@ -161,11 +168,13 @@ def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
     """The checked cases with a split each, and the plan: the run's own if it has one, else a new one."""
     folder = read_cases(config.data.root)
     label_set = LabelSet.load(config.data.label_set)
+    cases = assign_splits(folder.cases, validation=config.data.validation, seed=config.seed)
+    folder = dataclasses.replace(folder, cases=cases)
     with case_progress("Reading cases", len(folder.cases)) as on_case:
         checkup = check_cases(folder, label_set, workers=max(1, config.data.workers), on_case=on_case)
     require_clean(checkup.findings)
-    cases = assign_splits(folder.cases, validation=config.data.validation, seed=config.seed)
-    folder = dataclasses.replace(folder, cases=cases)
+    if warned := sum(finding.severity == "warning" for finding in checkup.findings):
+        print(f"{folder.root}: {warned} warnings; `medattn check {folder.root}` explains them")
     for split in ("train", "validation"):
         if not folder.split(split):
             raise InputError(
@@ -177,7 +186,7 @@ def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
             f"data.organs: {unknown} not in {folder.root / 'labels.json'} {list(folder.labels.values())}"
         )
     if (run / "plan.json").is_file():
-        return folder, read_plan(json.loads((run / "plan.json").read_text()))
+        return folder, stored_plan(run / "plan.json", config, organs)
     training = {case.name for case in folder.split("train")}
     plan = make_plan(
         [fingerprint for fingerprint in checkup.fingerprints if fingerprint.case in training],
@@ -188,6 +197,24 @@ def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
     )
     write_text(run / "plan.json", json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
     return folder, plan
+
+
+def stored_plan(path: Path, config: Config, organs: Sequence[str]) -> Plan:
+    """The plan of the run that is resumed. Raises InputError where it is damaged or the config wants another."""
+    try:
+        plan = read_plan(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a plan ({type(error).__name__}: {error}); start again with --overwrite"
+        ) from None
+    wanted = {name: getattr(config.data, name) for name in ("spacing_mm", "patch_size", "window_hu")}
+    wanted["organs"] = tuple(organs)
+    if changed := [name for name, value in wanted.items() if value not in (None, getattr(plan, name))]:
+        raise InputError(
+            f"{path}: the run was planned with another {', '.join(changed)}, which cannot change on the way; "
+            "resume with the old value, or start again with --overwrite"
+        )
+    return plan
 
 
 def describe_model(config: Config, folder: CaseFolder, plan: Plan) -> ModelCard:
@@ -305,7 +332,7 @@ def finish(
             folder.root,
             run / "report",
             label_set=config.data.label_set,
-            workers=max(1, config.data.workers),
+            workers=1,  # in this process: others would import the caller's script again
             on_case=on_case,
         )
 

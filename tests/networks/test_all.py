@@ -28,7 +28,7 @@ def test_the_names_of_this_version_are_there() -> None:
     assert set(UNETS) >= {"unet", "unet_block", "unet_block2", "unet_axial"}
 
 
-@pytest.mark.parametrize(("name", "dims"), itertools.product(UNETS, (2, 3)))
+@pytest.mark.parametrize(("name", "dims"), list(itertools.product(UNETS, (2, 3))))
 def test_odd_sizes_keep_their_shape_and_every_parameter_learns(name: str, dims: int) -> None:
     network = small(name, dims)
     x = torch.randn(2, 1, *ODD[:dims])

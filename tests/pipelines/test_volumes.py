@@ -99,8 +99,9 @@ def stop_at(settings: Config, step: int) -> None:
     assert (done.reason, done.step, done.evaluation) == ("SIGTERM", step, None)
 
 
-def test_a_run_folder_holds_all_that_was_promised(practice: Path, tmp_path: Path) -> None:
-    done = train(config(practice, tmp_path / "run", "training.steps=2"))
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_run_folder_holds_all_that_was_promised(practice: Path, tmp_path: Path, dims: int) -> None:
+    done = train(config(practice, tmp_path / "run", "training.steps=2", f"network.spatial_dims={dims}"))
     run = done.run
     for name in ("config.yaml", "plan.json", "metrics.jsonl", "model/model.json", "model/model.safetensors"):
         assert (run / name).is_file(), name
@@ -135,8 +136,9 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(practice: Path, tmp_pa
     stranger = tmp_path / "thesis"
     stranger.mkdir()
     (stranger / "chapter1.tex").write_text("years of work")
-    with pytest.raises(InputError, match="it is no run and is not overwritten"):
-        train(config(practice, stranger), overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds 'chapter1.tex' and no run"):
+            train(config(practice, stranger), overwrite=overwrite)
     assert (stranger / "chapter1.tex").read_text() == "years of work"
     with pytest.raises(InputError, match="nothing to resume"):
         train(config(practice, tmp_path / "fresh"), resume=True)

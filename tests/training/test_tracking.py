@@ -37,6 +37,15 @@ def tracker(run: Path, *, resume_step: int | None = None, mirror: bool = False, 
     return Tracker(run, name=run.name, parameters=parameters, mirror=mirror, resume_step=resume_step)
 
 
+@pytest.fixture(autouse=True)
+def _no_follower_left() -> Iterator[None]:
+    """A thread that was given up would go on inside the next test."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "mlflow-mirror":
+            thread.join(300)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -173,8 +182,6 @@ def test_a_server_that_never_answers_costs_one_warning_and_a_bounded_wait(
         record.close("finished")
         assert time.monotonic() - begun < 15
         assert_unharmed(run, caplog.messages, seconds)
-        (follower,) = (thread for thread in threading.enumerate() if thread.name == "mlflow-mirror")
-        follower.join(30)  # it would wake up inside the next test
 
 
 def stored(uri: str) -> tuple[Any, Any]:
