@@ -183,6 +183,8 @@ def _case(root: Path, entry: Mapping[str, Any]) -> Case:
         raise TypeError(f"'case': {name!r} is not the name of a folder")
     if not isinstance(entry["contoured"], list):
         raise TypeError(f"'contoured': {entry['contoured']!r} is not a list of organ names")
+    if not isinstance(entry.get("split"), str | None):
+        raise TypeError(f"'split': {entry['split']!r} is not one of {', '.join(SPLITS)}")
     return Case(
         name=name,
         folder=root / name,

@@ -32,9 +32,7 @@ def prepare_image(volume: Volume, plan: Plan) -> Tensor:
     hu = torch.from_numpy(np.ascontiguousarray(turn.apply(volume.array), dtype=np.float32))
     if not bool(hu.isfinite().all()):
         wrong = int((~hu.isfinite()).sum())
-        raise InputError(
-            f"{wrong} voxels are not finite numbers, expected CT numbers in HU; repair or re-export it"
-        )
+        raise InputError(f"{wrong} voxels are not finite, expected CT numbers in HU; export the scan again")
     low, high = plan.window_hu
     windowed = resample(hu.clamp(low, high), grid.size)  # a copy: hu may share the volume's memory
     return windowed.sub((low + high) / 2).div_((high - low) / 2)

@@ -95,10 +95,8 @@ def _read(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-        if node is None:
-            raise InputError(f"{path}: empty; a config needs at least `data: {{root: FOLDER}}`")
         repeated = _repeated_keys(path, node)
-        content = loader.construct_document(node)
+        content = None if node is None else loader.construct_document(node)
     except FileNotFoundError:
         known = sorted(str(file) for file in Path("configs").rglob("*.yaml"))
         near = difflib.get_close_matches(str(path), known, n=1) or known
@@ -113,6 +111,8 @@ def _read(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: {_not_yaml(error)}") from None
+    if node is None:
+        raise InputError(f"{path}: empty; a config needs at least `data: {{root: FOLDER}}`")
     if not isinstance(content, dict):
         raise InputError(
             f"{path}:{node.start_mark.line + 1}: expected sections such as `data:`, got {content!r}"
@@ -124,7 +124,7 @@ def _not_yaml(error: yaml.YAMLError) -> str:
     return f"not valid YAML: {getattr(error, 'problem', None) or getattr(error, 'reason', None) or error}"
 
 
-def _repeated_keys(path: Path, node: yaml.Node, prefix: str = "") -> list[str]:
+def _repeated_keys(path: Path, node: yaml.Node | None, prefix: str = "") -> list[str]:
     problems, lines = [], dict[str, int]()
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import torch
 
-from medattn.atomic import write_text
 from medattn.errors import InputError
 from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import dump
 
 TRACES = ("metrics.jsonl", "checkpoints", "model", "plan.json")  # what only a run writes
 
 
 def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
-    """The run folder with `config.yaml` in it: new, emptied (overwrite) or as it was (resume).
+    """The run folder: new, emptied (overwrite) or as it was (resume).
 
     Raises InputError where a run exists and neither was asked for, where there is nothing to resume, and
     where a folder holds other things than a run: it is neither deleted nor mixed with one.
@@ -24,10 +22,8 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     run = config.run_dir
     names = {path.name for path in run.iterdir()} if run.is_dir() else set()
     if names and not names & set(TRACES):
-        raise InputError(
-            f"{run}: holds {sorted(names)[0]!r} and no run; choose another folder with run.dir=..."
-        )
-    # a command that stopped before its first step leaves these two, and nothing worth asking about
+        raise InputError(f"{run}: holds {sorted(names)[0]!r} and no run; choose another run.dir")
+    # a command that stopped before its first step leaves these at most, and nothing worth asking about
     begun = bool(names - {"config.yaml", "plan.json"})
     if begun and not (resume or overwrite):
         raise InputError(
@@ -39,8 +35,6 @@ def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
     if names and not resume:
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        write_text(run / "config.yaml", dump(config))
     return run
 
 

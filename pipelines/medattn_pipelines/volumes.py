@@ -68,6 +68,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     precision = choose_precision(config.training.precision, device)
     folder, plan = plan_data(config, run)
     card = describe_model(config, folder, plan)
+    with torch.device("meta"):
+        card.build()  # a wrong option shows now, not after an hour of preparation
     with case_progress("Preparing", len(folder.split("train"))) as on_case:
         prepared = prepare_cases(
             folder.split("train"),
@@ -77,10 +79,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             workers=config.data.workers,
             on_case=on_case,
         )
-    if absent := [o for n, o in enumerate(plan.organs) if not any(len(case.anchors[n]) for case in prepared)]:
-        raise InputError(
-            f"{folder.root}: no training case holds {', '.join(absent)}; leave it out with data.organs"
-        )
+    require_examples(plan, prepared)
     torch.manual_seed(config.seed)
     network = card.build().to(device)
     averaged = averaged_model(network, config.training.ema_decay)
@@ -88,7 +87,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     state = State()
     if resume:
         load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
-        write_text(run / "config.yaml", dump(config))
+    write_text(run / "config.yaml", dump(config))
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
     segmenter = Segmenter(quick, averaged.module, device, precision)
@@ -199,14 +198,20 @@ def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
     return folder, plan
 
 
+def require_examples(plan: Plan, cases: Sequence[Prepared]) -> None:
+    """Raise InputError for organs without a voxel in any prepared training case."""
+    found = [any(len(case.anchors[number]) for case in cases) for number in range(len(plan.organs))]
+    if absent := [organ for organ, there in zip(plan.organs, found, strict=True) if not there]:
+        raise InputError(f"no training case holds {', '.join(absent)}; name the others in data.organs")
+
+
 def stored_plan(path: Path, config: Config, organs: Sequence[str]) -> Plan:
-    """The plan of the run that is resumed. Raises InputError where it is damaged or the config wants another."""
+    """The plan of the run to resume. Raises InputError where it is damaged or the config wants another."""
     try:
         plan = read_plan(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a plan ({type(error).__name__}: {error}); start again with --overwrite"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a plan ({reason}); start again with --overwrite") from None
     wanted = {name: getattr(config.data, name) for name in ("spacing_mm", "patch_size", "window_hu")}
     wanted["organs"] = tuple(organs)
     if changed := [name for name, value in wanted.items() if value not in (None, getattr(plan, name))]:

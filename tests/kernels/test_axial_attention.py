@@ -45,7 +45,9 @@ def _assert_eager_within_budget(tensors: dict[str, Tensor], dtype: torch.dtype, 
     budget = outputs_and_gradients(lambda **x: axial_attention(**x, **options, impl="naive"), low)
     actual = outputs_and_gradients(lambda **x: axial_attention(**x, **options, impl="eager"), low)
     for name in truth:
-        assert_within_budget(name, actual[name], truth[name], budget[name])
+        # the gradient of a table or gain is a few long sums: one sample of their error is a loose estimate of it
+        factor = 2.0 if "rel" not in name and name[-1] in ["0", "1", "q", "k", "v"] else 4.0
+        assert_within_budget(name, actual[name], truth[name], budget[name], factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,12 +203,15 @@ def test_separate_parts_add_up_and_unit_gain_is_no_gain() -> None:
     torch.testing.assert_close(content + position, axial_attention(**x, **tables, axis=0))
 
 
-def test_long_lines_in_pieces_equal_the_whole() -> None:
-    """More logits than are formed at a time: 96^2 x 80 of them, recomputed in the backward pass."""
-    tensors = make_qkv((96, 80), batch=1, heads=1, width=2, value_width=2, dtype=torch.float32)
-    tensors |= {n: t.float() for n, t in _tables((191, 31, 7), 1, 2, 2).items()}
-    for axis in (0, 1):
-        _assert_eager_within_budget(tensors, torch.float32, axis=axis)
+@pytest.mark.parametrize("limit", [1, 100, 500])
+def test_lines_in_pieces_equal_the_whole(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line at a time, several, and a last piece that is shorter; recomputed in the backward pass."""
+    tensors = make_qkv((4, 5), batch=2) | _tables((5, 9, 3))
+    whole = outputs_and_gradients(lambda **x: axial_attention(**x, axis=0), tensors)
+    monkeypatch.setattr("medattn_kernels._chunk.LOGITS_CPU", limit)
+    torch.testing.assert_close(
+        outputs_and_gradients(lambda **x: axial_attention(**x, axis=0), tensors), whole
+    )
 
 
 @pytest.mark.parametrize("tables", [True, False])

@@ -43,7 +43,9 @@ def _assert_eager_within_budget(tensors: dict[str, Tensor], dtype: torch.dtype, 
     budget = outputs_and_gradients(lambda **x: _run("naive", **x, **options), low)
     actual = outputs_and_gradients(lambda **x: _run("eager", **x, **options), low)
     for name in truth:
-        assert_within_budget(name, actual[name], truth[name], budget[name])
+        # the gradient of a table or gain is a few long sums: one sample of their error is a loose estimate of it
+        factor = 2.0 if "rel" not in name and name[-1] in ["0", "1", "q", "k", "v"] else 4.0
+        assert_within_budget(name, actual[name], truth[name], budget[name], factor)
 
 
 @pytest.mark.parametrize("padding", ["masked", "zero"])

@@ -88,6 +88,7 @@ def test_all_problems_are_reported_at_once_with_file_line_field_and_suggestion(t
         pytest.param("data: !!python/object:os.x {}\n", "bad.yaml:1: not valid YAML", id="python-tag"),
         pytest.param("data: {root: a}\n---\nseed: 1\n", "bad.yaml:2: not valid YAML", id="two-documents"),
         pytest.param("data: &a\n  b: *a\n", "bad.yaml: nested too deeply", id="self-reference"),
+        pytest.param("seed: 2001-99-99\n", "bad.yaml: not valid YAML", id="impossible-date"),
         pytest.param("seed: 1\n", "bad.yaml:1: data: missing", id="no-data"),
         pytest.param("data: {label_set: x}\n", "bad.yaml:1: data.root: missing", id="no-root"),
         pytest.param("data: cases\n", "bad.yaml:1: data: expected a section", id="scalar-for-section"),
