@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from medattn_pipelines.cli import parser_for
 from medattn_pipelines.commands import COMMANDS
 from medattn_pipelines.configfile import load

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from medattn_kernels import axial_attention, block_attention
 from torch import Tensor, nn
+
+from medattn_kernels import axial_attention, block_attention
 
 Halo = tuple[int, int]  # voxels before and after a block
 

@@ -13,13 +13,13 @@ import time
 from statistics import median
 
 import torch
-from medattn_pipelines.progress import print_table
-from medattn_pipelines.runs import choose_device, choose_precision
 from monai.networks.nets import UNet as MonaiUNet
 from torch import nn
 
 from medattn.losses import dice_cross_entropy
 from medattn.networks import create
+from medattn_pipelines.progress import print_table
+from medattn_pipelines.runs import choose_device, choose_precision
 
 ORGANS = 7
 NAMES = ("unet", "unet_block", "unet_block2", "unet_axial")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from medattn_kernels import axial_attention, block_attention
 from medattn_kernels._chunk import pieces
 from medattn_kernels.testing import assert_within_budget, make_qkv
-from torch import Tensor
 
 Change = Callable[[dict[str, Any]], None]
 

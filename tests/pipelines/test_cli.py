@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medattn_pipelines import cli
-from medattn_pipelines.cli import main, parser_for
-from medattn_pipelines.commands import COMMANDS, Command
 
 import medattn
 from medattn.data.cases import read_cases
 from medattn.data.phantom import write_phantoms
 from medattn.errors import InputError
 from medattn.io import read_volume
+from medattn_pipelines import cli
+from medattn_pipelines.cli import main, parser_for
+from medattn_pipelines.commands import COMMANDS, Command
 
 MEDATTN = (sys.executable, "-m", "medattn_pipelines.cli")
 EXAMPLES = [example for command in COMMANDS.values() for example in command.examples]

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import dump, explain, flatten, load
 from pydantic import BaseModel, ValidationError
 
 from medattn.errors import InputError
+from medattn_pipelines.config import Config
+from medattn_pipelines.configfile import dump, explain, flatten, load
 
 FAST = tuple(set(Phase) - {Phase.explain})  # explaining a failure takes minutes here
 SMALL = "data:\n  root: cases\n"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from medattn_pipelines.evaluation import evaluate
-from medattn_pipelines.segmentations import read_segmentations
 
 from medattn.errors import InputError
 from medattn.geometry import Geometry
 from medattn.io import Volume, write_volume
 from medattn.metrics import dice, hausdorff95
+from medattn_pipelines.evaluation import evaluate
+from medattn_pipelines.segmentations import read_segmentations
 
 GRID = Geometry((16, 12, 8), np.diag([2.0, 2.0, 3.0, 1.0]))
 NAMES = {1: "Brainstem", 2: "Parotid_L", 3: "Parotid_R"}

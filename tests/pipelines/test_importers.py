@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from medattn_pipelines.importers import ImportSummary, import_cases
 
 from medattn.data.cases import read_cases
 from medattn.data.check import check_folder
@@ -16,6 +15,7 @@ from medattn.errors import InputError
 from medattn.geometry import Array, Geometry
 from medattn.io import Volume, read_volume, write_volume
 from medattn.labels import LabelSet
+from medattn_pipelines.importers import ImportSummary, import_cases
 
 LABEL_SET = LabelSet.load("hn_oar")
 SIZE = (11, 9, 7)

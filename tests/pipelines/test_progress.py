@@ -6,10 +6,10 @@ import io
 from collections.abc import Mapping
 
 import pytest
-from medattn_pipelines.progress import case_progress, clock, print_scores, print_table, training_progress
 from rich.console import Console
 
 from medattn.metrics.scores import METRICS, OrganSummary, Statistic
+from medattn_pipelines.progress import case_progress, clock, print_scores, print_table, training_progress
 
 
 def screen(*, terminal: bool) -> tuple[Console, io.StringIO]:

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import load
-from medattn_pipelines.prediction import find_volumes, predict
-from medattn_pipelines.volumes import train
 from safetensors.torch import load_file
 
 from medattn.data.phantom import write_phantoms
 from medattn.errors import InputError
 from medattn.io import Volume, read_volume, write_volume
+from medattn_pipelines.config import Config
+from medattn_pipelines.configfile import load
+from medattn_pipelines.prediction import find_volumes, predict
+from medattn_pipelines.volumes import train
 
 TINY = [
     "data.spacing_mm=[10, 10, 10]",
