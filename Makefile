@@ -48,7 +48,7 @@ DEMO_RUN := runs/demo
 demo: setup
 	@test -f $(DEMO_DATA)/cases.json || $(BIN)/medattn phantom $(DEMO_DATA)
 	$(BIN)/medattn train configs/hn_ct.yaml --overwrite data.root=$(DEMO_DATA) run.dir=$(DEMO_RUN) \
-		data.spacing_mm='[4, 4, 4]' training.max_minutes=4
+		data.spacing_mm='[4, 4, 4]' data.patch_size='[40, 40, 40]' training.max_minutes=4.75
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .

@@ -58,7 +58,8 @@ def block_attention(
 class _Slab:
     """The blocks of one step: some entries of the batch, some blocks of the first axis, n blocks in all.
 
-    queries [n, H, queries, D + P], keys [n, H, keys, D + P], values [n, H, keys, E], outside [n, 1, 1, keys].
+    queries [n, H, queries, D + P], keys [n, H, keys, D], values [n, H, keys, E], outside [n, 1, 1, keys];
+    places [keys, P], the columns that all keys share.
     """
 
     batch: slice
@@ -66,6 +67,7 @@ class _Slab:
     queries: Tensor
     keys: Tensor
     values: Tensor
+    places: Tensor
     outside: Tensor | None
 
     def of(self, x: Tensor) -> Tensor:
@@ -77,9 +79,18 @@ class _Slab:
         n, heads, queries = self.queries.shape[:3]
         return pieces(n, queries, chunk_size(self.queries) // (heads * self.keys.shape[2]))
 
-    def attention(self, n: slice, m: slice, bias: Tensor | None) -> Tensor:
+    def placed_keys(self, n: slice) -> Tensor:
+        """Keys of the blocks n with their columns for places, [n, H, keys, D + P]."""
+        keys = self.keys[n]
+        return (
+            torch.cat([keys, self.places.expand(*keys.shape[:2], -1, -1)], -1)
+            if self.places.numel()
+            else keys
+        )
+
+    def attention(self, keys: Tensor, n: slice, m: slice, bias: Tensor | None) -> Tensor:
         """Softmax weights of queries m of the blocks n, [n, H, m, keys]."""
-        logits = self.queries[n, :, m] @ self.keys[n].mT
+        logits = self.queries[n, :, m] @ keys.mT
         if bias is not None:
             logits += bias[:, m]
         if self.outside is not None:
@@ -104,7 +115,7 @@ class _Windowed(torch.autograd.Function):
             for slab in _slabs(q, k, v, tiles, masked):
                 part = slab.of(out)
                 for n, m in slab.chunks():
-                    part[n, :, m] = slab.attention(n, m, bias) @ slab.values[n]
+                    part[n, :, m] = slab.attention(slab.placed_keys(n), n, m, bias) @ slab.values[n]
         ctx.save_for_backward(q, k, v, bias)
         ctx.tiles, ctx.masked = tiles, masked
         return out
@@ -119,15 +130,16 @@ class _Windowed(torch.autograd.Function):
         dbias = None if bias is None else torch.zeros_like(bias, dtype=precise)
         grad = grad.contiguous()
         for slab in _slabs(q, k, v, ctx.tiles, ctx.masked):
-            dkeys = torch.zeros_like(slab.keys[..., : k.shape[-1]], dtype=precise)
+            dkeys = torch.zeros_like(slab.keys, dtype=precise)
             dvalues = torch.zeros_like(slab.values, dtype=precise)
             part, dout = slab.of(dq), slab.of(grad)
             for n, m in slab.chunks():
-                attention = slab.attention(n, m, bias)
+                keys = slab.placed_keys(n)
+                attention = slab.attention(keys, n, m, bias)
                 dvalues[n] += attention.mT @ dout[n, :, m]
                 dattention = dout[n, :, m] @ slab.values[n].mT
                 dlogits = torch._softmax_backward_data(dattention, attention, -1, attention.dtype)
-                part[n, :, m] = dlogits @ slab.keys[n]
+                part[n, :, m] = dlogits @ keys
                 dkeys[n] += dlogits.mT @ slab.queries[n, :, m, : k.shape[-1]]
                 if dbias is not None:
                     dbias[:, m] += dlogits.sum(0, dtype=precise)
@@ -143,18 +155,16 @@ def _slabs(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, masked: bool) -> Itera
         _places(tiles, q) if q.shape[-1] > k.shape[-1] else q.new_empty(math.prod(t.window for t in tiles), 0)
     )
     outside = _outside(tiles, q) if masked else None
-    row = (
-        math.prod(q.shape[2 : axes + 2]) * len(places) * (q.shape[-1] + v.shape[-1])
-    )  # window numbers per row
-    for batch, rows in pieces(q.shape[0], q.shape[1], chunk_size(q) // row):
+    numbers = math.prod(q.shape[2 : axes + 2]) * len(places) * (k.shape[-1] + v.shape[-1])  # windows of a row
+    for batch, rows in pieces(q.shape[0], q.shape[1], chunk_size(q) // numbers):
         queries = q[batch, rows].flatten(0, axes)
-        keys = windows(k, tiles, batch, rows)
         yield _Slab(
             batch,
             rows,
             queries,
-            torch.cat([keys, places.expand(*keys.shape[:2], -1, -1)], -1),
+            windows(k, tiles, batch, rows),
             windows(v, tiles, batch, rows),
+            places,
             None if outside is None else outside[batch, rows].flatten(0, axes)[:, None, None],
         )
 
