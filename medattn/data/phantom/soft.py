@@ -58,7 +58,9 @@ def gland(canvas: Canvas, name: str, anatomy: Anatomy) -> Array:
         shape = blend(main, ellipsoid(here, (-11, 3, 4), (10, 9, 14)), 6)
         others = [masseter(both), sternomastoid(both), mastoid(both), ear_canal(both) - 2]
         base = SKULL_MM + 1 - canvas.fields["cavity"]
-        return intersection(shape, 0.5 - np.minimum.reduce(others), base, 1.5 - jaw, skin + 3 + 0.7 * anatomy.fat_mm)
+        return intersection(
+            shape, 0.5 - np.minimum.reduce(others), base, 1.5 - jaw, skin + 3 + 0.7 * anatomy.fat_mm
+        )
     main = ellipsoid((here[0], here[1] + 0.15 * here[2], here[2]), (0, 0, 0), (rx, ry, rz))
     shape = blend(main, ellipsoid(here, (-5, -12, 3), (6, 7, 6)), 6)
     return intersection(shape, 1.5 - jaw, skin + 4)
