@@ -104,6 +104,8 @@ class Mirror:
         from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
 
+        # the variable is read when MLflow is first imported, which a caller may have done before
+        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
         if self._is_local() and not self._database.exists():
             self._make_database()
         client = MlflowClient(self._uri)
