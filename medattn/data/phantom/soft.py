@@ -21,7 +21,7 @@ from medattn.data.phantom.shapes import (
 from medattn.geometry import Array
 
 STANDARD_GLANDS = {
-    "P": ((57.0, 0.5, -29.0), (20.5, 23.0, 30.0)),
+    "P": ((57.5, 0.5, -29.0), (19.0, 21.5, 31.0)),
     "G": ((31.5, -41.0, -81.0), (11.0, 16.5, 13.5)),
 }
 """Centre on the left and radii, in mm, by the first letter of Parotid and Glnd_Submand."""
@@ -58,9 +58,7 @@ def gland(canvas: Canvas, name: str, anatomy: Anatomy) -> Array:
         shape = blend(main, ellipsoid(here, (-11, 3, 4), (10, 9, 14)), 6)
         others = [masseter(both), sternomastoid(both), mastoid(both), ear_canal(both) - 2]
         base = SKULL_MM + 1 - canvas.fields["cavity"]
-        return intersection(
-            shape, 0.5 - np.minimum.reduce(others), base, 1.5 - jaw, skin + 3 + 0.7 * anatomy.fat_mm
-        )
+        return intersection(shape, 0.5 - np.minimum.reduce(others), base, 1.5 - jaw, skin + 4)
     main = ellipsoid((here[0], here[1] + 0.15 * here[2], here[2]), (0, 0, 0), (rx, ry, rz))
     shape = blend(main, ellipsoid(here, (-5, -12, 3), (6, 7, 6)), 6)
     return intersection(shape, 1.5 - jaw, skin + 4)
