@@ -48,7 +48,8 @@ DEMO_RUN := runs/demo
 demo: setup
 	@test -f $(DEMO_DATA)/cases.json || $(BIN)/medattn phantom $(DEMO_DATA)
 	$(BIN)/medattn train configs/hn_ct.yaml --overwrite data.root=$(DEMO_DATA) run.dir=$(DEMO_RUN) \
-		data.spacing_mm='[4, 4, 4]' data.patch_size='[40, 40, 40]' training.max_minutes=4.75
+		data.spacing_mm='[4, 4, 4]' data.patch_size='[40, 40, 40]' training.max_minutes=4.75 \
+		training.learning_rate=3e-3 training.foreground_share=0.9 augment.intensity_probability=0.15
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
