@@ -91,10 +91,6 @@ class Geometry:
             for index, patient in enumerate(self.patient_axes())
         )
 
-    def left_right_axis(self) -> int:
-        """The index axis that runs along the patient's left-right direction."""
-        return self.patient_axes().index(0)
-
     def to_lps(self, index: npt.ArrayLike) -> Array:
         """Index coordinates [..., 3] -> LPS mm [..., 3]."""
         moved = np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]

@@ -16,34 +16,37 @@ def merge_undrawn(logits: Tensor, drawn: Tensor) -> Tensor:
     """
     if bool(drawn.all()):
         return logits
-    impossible = torch.finfo(logits.dtype).min / 4
-    undrawn = ~drawn.reshape(*drawn.shape, *[1] * (logits.ndim - 2))
-    pool = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(~undrawn, impossible)], 1)
-    return torch.cat([pool.logsumexp(1, keepdim=True), logits[:, 1:].masked_fill(undrawn, impossible)], 1)
+    undrawn = ~drawn
+    pooled = [F.pad(row, (1, 0), value=True) for row in undrawn]  # background itself and who joins it
+    background = torch.stack([one[pool].logsumexp(0) for one, pool in zip(logits, pooled, strict=True)])
+    mask = undrawn.reshape(*drawn.shape, *[1] * (logits.ndim - 2))
+    organs = logits[:, 1:].masked_fill(mask, torch.finfo(logits.dtype).min / 4)
+    return torch.cat([background[:, None], organs], 1)
 
 
 def soft_dice(probabilities: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
-    """Mean soft Dice over the organs drawn in at least one case of the batch; a number in (0, 1].
+    """Mean soft Dice over the organs that have a voxel in the batch; a number in (0, 1], 1 if none has.
 
-    probabilities: [B, 1 + K, *size]. labels: [B, *size] integers, 0 background. Sums run over the batch
-    (batch Dice), so that an organ absent from one patch is no division by nothing.
+    probabilities: [B, 1 + K, *size]. labels: [B, *size] integers, 0 background. drawn: [B, K] bool; cases in
+    which an organ is not drawn have no part in its sums, which run over the batch (batch Dice).
+
+    An organ without a voxel is left to the cross entropy: its Dice is 0 for any prediction but none at all,
+    and pulling it there costs thin organs, absent from many patches, all they learned in the others.
     """
-    K = drawn.shape[1]
-    target = F.one_hot(labels.long(), K + 1)[..., 1:].movedim(-1, 1)
-    mask = drawn.reshape(*drawn.shape, *[1] * (labels.ndim - 1)).to(probabilities)
-    axes = [0, *range(2, probabilities.ndim)]
-    p = probabilities[:, 1:] * mask
-    t = target.to(p) * mask
-    overlap, total = (p * t).sum(axes), p.sum(axes) + t.sum(axes)
+    axes = tuple(range(2, probabilities.ndim))
+    target = torch.zeros_like(probabilities).scatter_(1, labels.long()[:, None], 1.0)
+    overlap = ((probabilities * target).sum(axes)[:, 1:] * drawn).sum(0)
+    voxels = (target.sum(axes)[:, 1:] * drawn).sum(0)
+    total = (probabilities.sum(axes)[:, 1:] * drawn).sum(0) + voxels
     dice = (2 * overlap + 1) / (total + 1)
-    scored = drawn.any(0)
-    return dice[scored].mean() if bool(scored.any()) else dice.sum() * 0 + 1
+    present = voxels > 0
+    return dice[present].mean() if bool(present.any()) else dice.sum() * 0 + 1
 
 
 def dice_cross_entropy(logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
     """1 - soft Dice + cross entropy, both on the marginal distribution of `merge_undrawn`, in float32."""
-    merged = merge_undrawn(logits.float(), drawn)
-    return 1 - soft_dice(merged.softmax(1), labels, drawn) + F.cross_entropy(merged, labels.long())
+    log_p = merge_undrawn(logits.float(), drawn).log_softmax(1)
+    return 1 - soft_dice(log_p.exp(), labels, drawn) + F.nll_loss(log_p, labels.long())
 
 
 def segmentation_loss(outputs: Tensor | list[Tensor], labels: Tensor, drawn: Tensor) -> Tensor:

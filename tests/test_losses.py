@@ -59,6 +59,25 @@ def test_nothing_drawn_at_all_leaves_the_background_term_only() -> None:
     assert abs(float(dice_cross_entropy(LOGITS, LABELS * 0, nothing))) < 1e-6
 
 
+def test_dice_leaves_an_organ_without_a_voxel_to_the_cross_entropy() -> None:
+    p = LOGITS.softmax(1).requires_grad_()
+    soft_dice(p, torch.where(LABELS == 3, 0, LABELS), ALL).backward()  # type: ignore[no-untyped-call]
+    assert p.grad is not None
+    assert float(p.grad[:, 3].abs().max()) == 0
+    assert float(p.grad[:, 1].abs().min()) > 0
+
+
+def test_dice_sums_over_the_cases_in_which_an_organ_is_drawn() -> None:
+    drawn = torch.tensor([[True, False, False], [True, True, False]])
+    p = LOGITS.softmax(1)
+    dice = []
+    for organ, cases in ((1, [0, 1]), (2, [1])):
+        mask = (LABELS[cases] == organ).double()
+        overlap, total = (p[cases, organ] * mask).sum(), p[cases, organ].sum() + mask.sum()
+        dice.append((2 * overlap + 1) / (total + 1))
+    torch.testing.assert_close(soft_dice(p, LABELS, drawn), sum(dice) / 2)
+
+
 def test_deep_supervision_halves_the_weight_of_each_coarser_output() -> None:
     coarse = F.avg_pool3d(LOGITS[..., :6, :6], 2)
     fine, labels = LOGITS[..., :4, :6, :6], LABELS[:, :4, :6, :6]

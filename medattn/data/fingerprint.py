@@ -10,38 +10,23 @@ import numpy as np
 from medattn.geometry import Array, Size
 from medattn.io import Volume
 
-PERCENTILES = (0.5, 50.0, 99.5)
+PERCENTILES = (0.5, 99.5)
 CHUNK_VOXELS = 1 << 22  # np.bincount widens its input to eight bytes a voxel; a chunk keeps that small
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """CT numbers in HU over the voxels inside any labelled organ. percentiles: 0.5, 50 and 99.5."""
-
-    percentiles: tuple[float, float, float]
-    mean: float
-    std: float
-    voxels: int
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """One case in numbers.
 
-    size, spacing_mm: the grid with its axes in canonical order L, P, S. intensity: None where the label map
-    is empty. organ_voxels: organ name -> voxels, 0 included, for every organ of the data set's labels.
+    size, spacing_mm: the grid with its axes in canonical order L, P, S. hu_range: 0.5th and 99.5th percentile
+    of the CT numbers inside any labelled organ, None where the label map is empty. organ_voxels: organ name -> voxels, 0 included, for every organ of the data set's labels.
     """
 
     case: str
     size: Size
     spacing_mm: tuple[float, float, float]
-    voxel_volume_ml: float
-    intensity: Intensity | None
+    hu_range: tuple[float, float] | None
     organ_voxels: Mapping[str, int]
-
-    def organ_ml(self, organ: str) -> float:
-        """Volume of one organ in millilitres."""
-        return self.organ_voxels[organ] * self.voxel_volume_ml
 
 
 def fingerprint(case: str, image: Volume, label: Volume, labels: Mapping[int, str]) -> Fingerprint:
@@ -57,8 +42,7 @@ def fingerprint(case: str, image: Volume, label: Volume, labels: Mapping[int, st
         case=case,
         size=grid.size,
         spacing_mm=grid.spacing_mm(),
-        voxel_volume_ml=grid.voxel_volume_ml(),
-        intensity=_intensity(image.array[inside]),
+        hu_range=_hu_range(image.array[inside]),
         organ_voxels={name: counts.get(value, 0) for value, name in labels.items()},
     )
 
@@ -75,9 +59,8 @@ def voxel_counts(label: Array) -> dict[int, int]:
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-def _intensity(hu: Array) -> Intensity | None:
+def _hu_range(hu: Array) -> tuple[float, float] | None:
     if not hu.size:
         return None
-    low, middle, high = (float(percentile) for percentile in np.percentile(hu, PERCENTILES))
-    mean, std = float(hu.mean(dtype=np.float64)), float(hu.std(dtype=np.float64))
-    return Intensity((low, middle, high), mean, std, int(hu.size))
+    low, high = np.percentile(hu, PERCENTILES)
+    return float(low), float(high)

@@ -49,8 +49,8 @@ def make_plan(
 
     Raises InputError where no case has a labelled voxel or patch_size does not divide by the strides.
     """
-    intensities = [f.intensity for f in fingerprints if f.intensity is not None]
-    if not intensities:
+    ranges = [f.hu_range for f in fingerprints if f.hu_range is not None]
+    if not ranges:
         raise InputError("no case has a labelled voxel, so there is nothing to learn from")
     spacing = spacing_mm or _triple(median(f.spacing_mm[axis] for f in fingerprints) for axis in range(3))
     extent = _triple(median(f.size[axis] * f.spacing_mm[axis] for f in fingerprints) for axis in range(3))
@@ -60,8 +60,7 @@ def make_plan(
         organs=tuple(organs),
         spacing_mm=spacing,
         patch_size=patch,
-        window_hu=window_hu
-        or (median(i.percentiles[0] for i in intensities), median(i.percentiles[2] for i in intensities)),
+        window_hu=window_hu or (median(low for low, _ in ranges), median(high for _, high in ranges)),
         strides=strides,
     )
 

@@ -66,8 +66,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     run = open_run(config, resume=resume, overwrite=overwrite)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device)
-    folder, plan = plan_data(config, run)
-    card = describe_model(config, folder, plan)
+    label_set = LabelSet.load(config.data.label_set)
+    folder, plan = plan_data(config, run, label_set)
+    card = describe_model(config, folder, plan, label_set)
     with torch.device("meta"):
         card.build()  # a wrong option shows now, not after an hour of preparation
     with case_progress("Preparing", len(folder.split("train"))) as on_case:
@@ -163,10 +164,9 @@ class Record:
         return mean
 
 
-def plan_data(config: Config, run: Path) -> tuple[CaseFolder, Plan]:
+def plan_data(config: Config, run: Path, label_set: LabelSet) -> tuple[CaseFolder, Plan]:
     """The checked cases with a split each, and the plan: the run's own if it has one, else a new one."""
     folder = read_cases(config.data.root)
-    label_set = LabelSet.load(config.data.label_set)
     cases = assign_splits(folder.cases, validation=config.data.validation, seed=config.seed)
     folder = dataclasses.replace(folder, cases=cases)
     with case_progress("Reading cases", len(folder.cases)) as on_case:
@@ -222,9 +222,8 @@ def stored_plan(path: Path, config: Config, organs: Sequence[str]) -> Plan:
     return plan
 
 
-def describe_model(config: Config, folder: CaseFolder, plan: Plan) -> ModelCard:
+def describe_model(config: Config, folder: CaseFolder, plan: Plan, label_set: LabelSet) -> ModelCard:
     """All of a model but its weights, from the config and the data."""
-    label_set = LabelSet.load(config.data.label_set)
     options = dict(config.network.options)
     if family(config.network.name) == "unet":
         options = {"deep_supervision": config.training.deep_supervision} | options

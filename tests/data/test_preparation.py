@@ -11,7 +11,7 @@ import torch
 
 from medattn.data.augment import Augmentation
 from medattn.data.cases import Case
-from medattn.data.fingerprint import Fingerprint, Intensity
+from medattn.data.fingerprint import Fingerprint
 from medattn.data.plan import Plan, make_plan
 from medattn.data.prepare import channel_map, prepare_image, prepare_labels, prepared_geometry
 from medattn.data.sampling import Batch, PatchSampler
@@ -26,9 +26,7 @@ PLAN = Plan(ORGANS, (2.0, 2.0, 3.0), (8, 8, 8), (-200.0, 400.0), ((2, 2, 2),))
 
 
 def print_of(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> Fingerprint:
-    return Fingerprint(
-        "c", size, spacing, 0.01, Intensity((-150.0, 20.0, 900.0), 30.0, 90.0, 100), {"Brainstem": 10}
-    )
+    return Fingerprint("c", size, spacing, (-150.0, 900.0), {"Brainstem": 10})
 
 
 def test_published_window_maps_to_minus_one_zero_and_one() -> None:
