@@ -19,7 +19,8 @@ class Fingerprint:
     """One case in numbers.
 
     size, spacing_mm: the grid with its axes in canonical order L, P, S. hu_range: 0.5th and 99.5th percentile
-    of the CT numbers inside any labelled organ, None where the label map is empty. organ_voxels: organ name -> voxels, 0 included, for every organ of the data set's labels.
+    of the CT numbers inside any labelled organ, None where the label map is empty. organ_voxels: organ name
+    -> voxels, 0 included, for every organ of the data set's labels.
     """
 
     case: str
