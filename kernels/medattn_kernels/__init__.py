@@ -3,7 +3,7 @@
 Needs torch only. The mathematics, gradients and memory of each operator are in kernels/README.md.
 """
 
-from medattn_kernels.axial import axial_attention
+from medattn_kernels.axial import axial_attention, logit_moments
 from medattn_kernels.block import block_attention
 
-__all__ = ["axial_attention", "block_attention"]
+__all__ = ["axial_attention", "block_attention", "logit_moments"]

@@ -34,6 +34,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return tuple(q.shape[1:-2])
 
 
+def check_axis(axis: int, q: Tensor) -> int:
+    """Check a spatial axis of q, 0-based or counted from the last one; return it 0-based."""
+    axes = q.ndim - 3
+    if not -axes <= axis < axes:
+        raise ValueError(f"axis must be a spatial axis, {-axes} to {axes - 1} for q {shape(q)}, got {axis=}")
+    return axis % axes
+
+
+def check_span(span: int | None) -> None:
+    """Check the number of keys that a query sees along an axis: odd, or None for all."""
+    if span is not None and (span < 1 or span % 2 == 0):
+        raise ValueError(f"span must be odd and positive, or None for the whole line, got {span=}")
+
+
 def check_table(name: str, table: Tensor, width: int, q: Tensor) -> None:
     """Check a table of relative positions [R, width]: R odd, floating point, on q's device."""
     if table.ndim != 2 or table.shape[0] % 2 == 0 or table.shape[1] != width:

@@ -41,7 +41,6 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         ({"v": _zeros(2, 4, 5, 3, 0)}, r"every axis but the batch needs .* v \[2, 4, 5, 3, 0\]"),
         ({"v": _zeros(2, 4, 5, 3, 6, dtype=torch.float32)}, r"v must have the dtype of q, got torch.float32"),
         ({"v": _zeros(2, 4, 5, 3, 6).to("meta")}, r"v must be on the device of q, got meta and cpu"),
-        ({"impl": "triton"}, r"attention has no Triton kernel in this version: .* must be 'naive'"),
         ({"impl": "fast"}, r"unknown impl='fast'; expected 'naive' or 'eager'"),
     ],
 )  # fmt: skip
@@ -51,6 +50,19 @@ def test_shared_arguments_are_refused_by_name_and_value(
     """One helper checks q, k, v and impl for every operator."""
     with pytest.raises((TypeError, ValueError), match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (_block, r"block_attention has no Triton kernel in this version: .* must be 'naive' or 'eager'"),
+        (_axial, r"axial_attention: impl='triton' takes float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
+def test_a_triton_path_that_is_not_there_is_refused(call: Callable[..., Any], message: str) -> None:
+    """Never replaced by another implementation."""
+    with pytest.raises(ValueError, match=message):
+        call(impl="triton")
 
 
 @pytest.mark.parametrize("call", [_axial, _block])
@@ -121,7 +133,12 @@ for name in ("axial", "block"):
     arguments = {"axis": 1} if name == "axial" else {"block": 2, "halo": 1}
     getattr(medattn_kernels, f"{name}_attention")(*x, **arguments).sum().backward()
     assert x[0].grad is not None
-assert sorted(medattn_kernels.__all__) == ["axial_attention", "block_attention"]
+try:
+    medattn_kernels.axial_attention(*x, axis=1, impl="triton")
+except ValueError as error:
+    assert "needs the package triton" in str(error), error
+else:
+    raise AssertionError("an explicit implementation was replaced")
 assert not [m for m in sys.modules if m.split(".")[0] in ("medattn", "monai", "numba")]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

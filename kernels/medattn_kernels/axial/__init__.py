@@ -6,13 +6,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from medattn_kernels._check import check_parameter, check_qkv, check_table, shape
+from medattn_kernels._check import check_axis, check_parameter, check_qkv, check_span, check_table, shape
 from medattn_kernels._select import Impl, select
-from medattn_kernels.axial import eager, naive
+from medattn_kernels.axial import eager, fused, naive
+from medattn_kernels.axial.moments import logit_moments
+
+__all__ = ["axial_attention", "logit_moments"]
 
 IMPLEMENTATIONS: dict[Impl, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "naive": naive.axial_attention,
     "eager": eager.axial_attention,
+    "triton": fused.axial_attention,
 }
 
 
@@ -49,13 +53,9 @@ def axial_attention(
 
     Returns [B, *size, H, E], or a pair of them. Raises ValueError or TypeError for arguments that do not fit.
     """
-    size = check_qkv(q, k, v)
-    if not -len(size) <= axis < len(size):
-        raise ValueError(
-            f"axis must be a spatial axis, {-len(size)} to {len(size) - 1} for q {shape(q)}, got {axis=}"
-        )
-    if span is not None and (span < 1 or span % 2 == 0):
-        raise ValueError(f"span must be odd and positive, or None for the whole line, got {span=}")
+    check_qkv(q, k, v)
+    axis = check_axis(axis, q)
+    check_span(span)
     for name, table, width in (
         ("rel_q", rel_q, q.shape[-1]),
         ("rel_k", rel_k, q.shape[-1]),
@@ -71,12 +71,12 @@ def axial_attention(
         raise ValueError(
             "separate=True returns the content and the position part and needs rel_v, got rel_v=None"
         )
-    run = select("axial_attention", IMPLEMENTATIONS, impl, q)
+    run = select("axial_attention", IMPLEMENTATIONS, impl, q, v)
     return run(
         q,
         k,
         v,
-        axis=axis % len(size),
+        axis=axis,
         rel_q=rel_q,
         rel_k=rel_k,
         rel_v=rel_v,

@@ -35,7 +35,7 @@ def axial_attention(
     factors = (
         [scale] * 3 if gain is None else (scale * gain.to(q.dtype))[..., None, None].unbind()
     )  # each [H, 1, 1]
-    offset = _offset(q.shape[1 + axis], q.device)
+    offset = offsets(q.shape[1 + axis], q.device)
     seen = None if span is None else offset.abs() <= span // 2
     by_query, by_key, by_value = (_rows(table, offset, q) for table in (rel_q, rel_k, rel_v))
 
@@ -90,7 +90,7 @@ def _by_place(x: Tensor, matrices: Tensor) -> Tensor:
     return torch.unflatten(product.transpose(0, 1), 0, x.shape[:2])
 
 
-def _offset(length: int, device: torch.device) -> Tensor:
+def offsets(length: int, device: torch.device) -> Tensor:
     """Key place minus query place, [i, j]."""
     place = torch.arange(length, device=device)
     return place[None, :] - place[:, None]

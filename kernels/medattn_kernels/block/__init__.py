@@ -75,7 +75,7 @@ def block_attention(
             check_table(f"rel[{axis}]", table, q.shape[-1], q)
     if bias is not None:
         check_bias("bias", bias, axes, q)
-    run = select("block_attention", IMPLEMENTATIONS, impl, q)
+    run = select("block_attention", IMPLEMENTATIONS, impl, q, v)
     return run(
         q,
         k,

@@ -1,0 +1,260 @@
+"""Compile every Triton kernel for four GPUs without having one, and read what the compilers made of it.
+
+    python kernels/benchmarks/static_check.py            all variants: operators, dtypes, head sizes, targets
+    python kernels/benchmarks/static_check.py --smallest what `make test` runs
+
+Prints registers, local memory, shared memory, tensor-core instructions and the occupancy that these allow.
+Exits with 1 if a kernel takes more than 100 KB of shared memory or, with inputs of 16 bits, spills, uses
+local memory or has no tensor-core instruction. In float32, kept for checks rather than speed, spills are
+only shown.
+
+A variant is a real launch on tensors without storage (device "meta"): the kernels' arguments are recorded
+instead of run, so that what is inspected is what a GPU would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from medattn_kernels import _device
+from medattn_kernels.axial import fused as axial
+from medattn_kernels.axial import kernel as axial_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+HEAD_SIZES = (8, 16, 32, 64)
+SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor
+MOST_SHARED = 100 * 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch."""
+
+    fn: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiler made of a launch; local: bytes of stack and spills per thread."""
+
+    registers: int
+    local: int
+    shared: int
+    matrix: int
+    threads: int
+    target: str
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's threads that registers and shared memory let run at once."""
+        if self.target == "gfx942":  # 4 SIMDs of 512 registers a lane and 8 waves, 64 KB
+            waves = min(8, 512 // max(1, self.registers)) * 4
+            by_shared = 64 * 1024 // max(1, self.shared) * (self.threads // 64)
+            return min(waves, by_shared, 32) / 32
+        blocks = min(
+            65536 // max(1, _round_up(self.registers, 8) * self.threads),
+            SHARED_KB[self.target] * 1024 // (self.shared + 1024),
+            32,
+        )
+        return min(1.0, blocks * self.threads / 2048)
+
+    def faults(self, fast: bool) -> list[str]:
+        """What must not be; fast: of a kernel meant for tensor cores."""
+        found = []
+        if fast and self.local:
+            found.append(f"{self.local} bytes of local memory")
+        if self.shared > MOST_SHARED:
+            found.append(f"{self.shared} bytes of shared memory, at most {MOST_SHARED}")
+        if fast and not self.matrix:
+            found.append("no tensor-core instruction")
+        return found
+
+
+class Recorder:
+    """Stands in for a kernel: `recorder[grid](...)` notes the arguments."""
+
+    def __init__(self, fn: Any, found: list[Launch]) -> None:
+        self.fn, self.found = fn, found
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.found.append(Launch(self.fn, args, options))
+
+        return launch
+
+
+def axial_launches(dtype: torch.dtype, width: int, *, separate: bool = False) -> list[Launch]:
+    """Forward and backward launches of position-sensitive axial attention on a 96^3 volume with 8 heads."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, v = empty(1, 96, 96, 96, 8, width), empty(1, 96, 96, 96, 8, 2 * width)
+    tables = [empty(191, width), empty(191, width), empty(191, 2 * width)]
+    gain = empty(3, 8)
+    found: list[Launch] = []
+    names = ("forward", "backward_queries", "backward_keys", "backward_tables")
+    kernels = {name: getattr(axial_kernel, name) for name in names}
+    for name, fn in kernels.items():
+        setattr(axial_kernel, name, Recorder(fn, found))
+    try:
+        numbers = (1, 0, 1.0, separate)
+        content, position, lse = axial.run_forward(q, q, v, *tables, gain, *numbers)
+        axial.run_backward(content, position, q, q, v, *tables, gain, content, position, lse, *numbers)
+    finally:
+        for name, fn in kernels.items():
+            setattr(axial_kernel, name, fn)
+    return found
+
+
+OPERATORS = {"axial": axial_launches, "axial separate": partial(axial_launches, separate=True)}
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch as Triton would: ones become constants, multiples of 16 are hinted at."""
+    names = launch.fn.arg_names
+    values = dict(zip(names, launch.args, strict=False))
+    options = dict(launch.options)
+    values |= {name: options.pop(name) for name in list(options) if name in names}
+    fixed = {p.name for p in launch.fn.params if p.is_constexpr}
+    constants: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(part, (*path, n)) for n, part in enumerate(value))
+        if isinstance(value, Tensor):
+            hints[path] = [["tt.divisibility", 16]]
+            return POINTER[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            hints[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    for n, name in enumerate(names):
+        if name in fixed:
+            constants[(n,)] = values[name]
+            signature[name] = "constexpr"
+        else:
+            signature[name] = kind(values[name], (n,))
+    _device.PRECISION = tl.constexpr("ieee" if target.backend == "hip" else "tf32x3")
+    source = ASTSource(launch.fn, signature, constants, hints)
+    return triton.compile(source, target=target, options=options)
+
+
+def inspect(compiled: Any, name: str) -> Report:
+    """Read the numbers of a compiled kernel."""
+    shared = int(compiled.metadata.shared)
+    threads = int(compiled.metadata.num_warps) * TARGETS[name].warp_size
+    if TARGETS[name].backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, local = (
+            _number(text, rf"\.{name}:\s+(\d+)") for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return Report(registers, local, shared, len(re.findall(r"\bv_s?mfma", text)), threads, name)
+    usage = _nvidia_tool("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
+    code = _nvidia_tool("nvdisasm", ["-c"], compiled.asm["cubin"])
+    local = _number(usage, r"STACK:(\d+)") + _number(usage, r"LOCAL:(\d+)")
+    matrix = len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code))
+    return Report(_number(usage, r"REG:(\d+)"), local, shared, matrix, threads, name)
+
+
+def variants(smallest: bool) -> Iterator[tuple[str, str, int, Launch, str]]:
+    """Operator, dtype, head size, launch and target of every check."""
+    if smallest:
+        yield from (("axial", "bf16", 16, launch, "sm_90") for launch in axial_launches(torch.bfloat16, 16))
+        return
+    for operator, dtype, width in product(OPERATORS, DTYPES, HEAD_SIZES):
+        for launch, target in product(OPERATORS[operator](DTYPES[dtype], width), TARGETS):
+            yield operator, dtype, width, launch, target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, print a Markdown table, return 1 for faults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smallest", action="store_true", help="one dtype, head size and target per kernel")
+    smallest = parser.parse_args(argv).smallest
+    print("| kernel | dtype | D | target | registers | local B | shared B | matrix instr. | occupancy |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    faults = []
+    for operator, dtype, width, launch, target in variants(smallest):
+        name = f"{operator} {launch.fn.__name__}"
+        report = inspect(compile_launch(launch, TARGETS[target]), target)
+        print(
+            f"| {name} | {dtype} | {width} | {target} | {report.registers} | {report.local} | "
+            f"{report.shared} | {report.matrix} | {report.occupancy:.0%} |",
+            flush=True,
+        )
+        faults += [f"{name} {dtype} D={width} {target}: {fault}" for fault in report.faults(dtype != "fp32")]
+    print(*faults, sep="\n")
+    return 1 if faults else 0
+
+
+@cache
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
+def _nvidia_tool(name: str, options: Sequence[str], binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run(
+            [_tool(name), *options, file.name], check=True, capture_output=True, text=True
+        ).stdout
+
+
+def _number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in the compiler's report")
+    return int(found[1])
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+if __name__ == "__main__":
+    sys.exit(main())
