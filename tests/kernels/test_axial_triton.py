@@ -163,19 +163,26 @@ def test_expanded_inputs_and_gradients_are_read_in_place() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
-    size=st.lists(st.integers(1, 20), min_size=1, max_size=2),
+    size=st.tuples(st.integers(1, 2), st.integers(2, 20)),
     terms=st.sets(st.sampled_from("qkvg")),
     width=st.integers(1, 20),
     span=st.none() | st.integers(0, 9).map(lambda n: 2 * n + 1),
     seed=st.integers(0, 999),
 )
 def test_any_shape_matches_the_specification(
-    size: list[int], terms: set[str], width: int, span: int | None, seed: int
+    size: tuple[int, int], terms: set[str], width: int, span: int | None, seed: int
 ) -> None:
-    tensors = _inputs(tuple(size), terms="".join(sorted(terms)), width=width, heads=1, seed=seed)
-    _assert_within_budget(tensors, axis=len(size) - 1, span=span)
+    """Which entries meet, not how they round: a budget from so few numbers would be a matter of luck."""
+    tensors = _inputs(size, terms="".join(sorted(terms)), width=width, heads=1, seed=seed)
+    exact = {name: x.double() for name, x in tensors.items()}
+    options: dict[str, Any] = {"axis": 1, "span": span}
+    truth = outputs_and_gradients(lambda **x: axial_attention(**x, **options, impl="naive"), exact)
+    actual = outputs_and_gradients(lambda **x: axial_attention(**x, **options, impl="triton"), tensors)
+    for name, expected in truth.items():
+        scale = max(1.0, float(expected.abs().max()))
+        assert (actual[name] - expected).abs().max() <= 1e-5 * scale, name
 
 
 def test_repeated_backward_passes_are_equal_bit_for_bit() -> None:
