@@ -108,11 +108,11 @@ class _NormalisedAxialAttention(nn.Module):
 
 
 class AxialAttention2d(_NormalisedAxialAttention):
-    __doc__ = f"{_NormalisedAxialAttention.__doc__}\n    For images: axis 0 is the height, 1 the width.\n"
+    """Along the height (axis 0) or the width (axis 1) of images [B, in_channels, h, w]; see the base class."""
 
 
 class AxialAttention3d(_NormalisedAxialAttention):
-    __doc__ = f"{_NormalisedAxialAttention.__doc__}\n    For volumes.\n"
+    """Along one axis of volumes [B, in_channels, i, j, k]; see the base class."""
 
 
 @torch.no_grad()

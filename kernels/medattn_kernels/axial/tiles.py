@@ -46,12 +46,14 @@ def addresses(x, start, length, width, B: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def load_tile(x, start, length, width, B: tl.constexpr, W: tl.constexpr):
+    """Positions start ... start + B - 1 of a line, zeros beyond its end; [B, W]."""
     places, inside = addresses(x, start, length, width, B, W)
     return tl.load(places, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_tile(x, value, start, length, width, B: tl.constexpr, W: tl.constexpr):
+    """Write [B, W] to positions start ... start + B - 1 of a line."""
     places, inside = addresses(x, start, length, width, B, W)
     tl.store(places, value.to(x[0].dtype.element_ty), mask=inside)
 
