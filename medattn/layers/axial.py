@@ -108,7 +108,7 @@ class _NormalisedAxialAttention(nn.Module):
 
 
 class AxialAttention2d(_NormalisedAxialAttention):
-    """Along the height (axis 0) or the width (axis 1) of images [B, in_channels, h, w]; see the base class."""
+    """Along the height (axis 0) or width (axis 1) of images [B, in_channels, h, w]; see the base class."""
 
 
 class AxialAttention3d(_NormalisedAxialAttention):
