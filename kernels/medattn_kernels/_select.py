@@ -26,8 +26,8 @@ def select(
     Raises ValueError for a name that is unknown or that this operator does not have.
     """
     if impl is None:
-        usable = "triton" in implementations and not _refusal(q, v)
-        return implementations["triton" if usable and q.is_cuda else "eager"]
+        usable = q.is_cuda and "triton" in implementations and not _refusal(q, v)
+        return implementations["triton" if usable else "eager"]
     if impl in implementations:
         if impl == "triton" and (reason := _refusal(q, v)):
             raise ValueError(f"{operator}: impl='triton' {reason}; use impl='eager'")

@@ -87,11 +87,11 @@ class _NormalisedAxialAttention(nn.Module):
         """What the batch norm over the logits multiplies each term by, [3, heads]."""
         norm = self.bn_similarity
         if norm.training or norm.running_var is None:
-            mean, variance = logit_moments(q, k, axis=self.axis, rel_q=rel_q, rel_k=rel_k, span=self.span)
+            moments = logit_moments(q, k, axis=self.axis, rel_q=rel_q, rel_k=rel_k, span=self.span)
+            mean, variance = (moment.flatten() for moment in moments)
             length = q.shape[1 + self.axis]
             lines = q[..., 0, 0].numel() // length
-            _track(norm, mean.flatten(), variance.flatten(), lines * pairs_seen(length, self.span))
-            variance = variance.flatten()
+            _track(norm, mean, variance, lines * pairs_seen(length, self.span))
         else:
             variance = norm.running_var
         # the bias shifts all logits of a query alike; used this way, its gradient is zero instead of missing

@@ -95,9 +95,9 @@ def run_backward(
     if any(table is not None for table in tables):
         sums = launch.table_sums()
         grid = next(tuple(x.shape[:2]) for x in sums if x is not None)
-        launch.run(
-            kernel.backward_tables, *inputs, *gradients, lse, delta, sums, launch.lines, grid[1], grid=grid
-        )
+        # its six sums stay in registers only if eight warps share them
+        arguments = (*inputs, *gradients, lse, delta, sums, launch.lines, grid[1])
+        launch.run(kernel.backward_tables, *arguments, grid=grid, num_warps=8)
         dtables = [
             empty if table is None or total is None else launch.by_row(total, table)
             for empty, table, total in zip(dtables, tables, sums, strict=True)
@@ -200,10 +200,10 @@ class _Launch:
             "num_stages": 1,
         }
 
-    def run(self, kernel: Any, *arguments: Any, grid: tuple[int, ...] | None = None) -> None:
-        """Launch a kernel on the device of q."""
+    def run(self, kernel: Any, *arguments: Any, grid: tuple[int, ...] | None = None, **options: int) -> None:
+        """Launch a kernel on the device of q; options take the place of the launch's own."""
         with torch.cuda.device_of(self.q):  # type: ignore[no-untyped-call]
-            kernel[grid or self.grid](*arguments, *self.numbers, **self.options)
+            kernel[grid or self.grid](*arguments, *self.numbers, **self.options | options)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         """What every kernel takes first."""
