@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -38,8 +39,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from medattn_kernels import _device
-from medattn_kernels.axial import fused as axial
+from medattn_kernels.axial import fused as fused_axial
 from medattn_kernels.axial import kernel as axial_kernel
+from medattn_kernels.block import fused as fused_block
+from medattn_kernels.block import kernel as block_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,6 +59,7 @@ POINTER = {
 HEAD_SIZES = (8, 16, 32, 64)
 SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor
 MOST_SHARED = 100 * 1024
+KERNELS = ("forward", "backward")  # how their names begin
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,22 @@ class Recorder:
         return launch
 
 
+@contextmanager
+def recording(module: Any) -> Iterator[list[Launch]]:
+    """Put recorders in the place of a module's kernels and collect their launches."""
+    found: list[Launch] = []
+    kernels = {name: fn for name, fn in vars(module).items() if name.startswith(KERNELS)}
+    for name, fn in kernels.items():
+        setattr(module, name, Recorder(fn, found))
+    try:
+        yield found
+    finally:
+        for name, fn in kernels.items():
+            setattr(module, name, fn)
+
+
 def axial_launches(dtype: torch.dtype, width: int, *, separate: bool = False) -> list[Launch]:
-    """Forward and backward launches of position-sensitive axial attention on a 96^3 volume with 8 heads."""
+    """Position-sensitive axial attention on a 96^3 volume with 8 heads, values twice as wide as keys."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -126,22 +144,47 @@ def axial_launches(dtype: torch.dtype, width: int, *, separate: bool = False) ->
     q, v = empty(1, 96, 96, 96, 8, width), empty(1, 96, 96, 96, 8, 2 * width)
     tables = [empty(191, width), empty(191, width), empty(191, 2 * width)]
     gain = empty(3, 8)
-    found: list[Launch] = []
-    names = ("forward", "backward_queries", "backward_keys", "backward_tables")
-    kernels = {name: getattr(axial_kernel, name) for name in names}
-    for name, fn in kernels.items():
-        setattr(axial_kernel, name, Recorder(fn, found))
-    try:
-        numbers = (1, 0, 1.0, separate)
-        content, position, lse = axial.run_forward(q, q, v, *tables, gain, *numbers)
-        axial.run_backward(content, position, q, q, v, *tables, gain, content, position, lse, *numbers)
-    finally:
-        for name, fn in kernels.items():
-            setattr(axial_kernel, name, fn)
+    numbers = (1, 0, 1.0, separate)
+    with recording(axial_kernel) as found:
+        content, position, lse = fused_axial.run_forward(q, q, v, *tables, gain, *numbers)
+        fused_axial.run_backward(content, position, q, q, v, *tables, gain, content, position, lse, *numbers)
     return found
 
 
-OPERATORS = {"axial": axial_launches, "axial separate": partial(axial_launches, separate=True)}
+def block_launches(
+    dtype: torch.dtype,
+    width: int,
+    *,
+    size: tuple[int, ...] = (96, 96, 96),
+    block: int = 8,
+    halo: int = 4,
+    relative: bool = True,
+    biased: bool = False,
+) -> list[Launch]:
+    """Blocks with a halo on a volume or image with 8 heads."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    axes, rows = len(size), 2 * (block + halo) - 1
+    x = empty(1, *size, 8, width)
+    tables = [empty(rows, width) if relative and a >= 3 - axes else None for a in range(3)]
+    bias = empty(8, *[rows] * axes) if biased else None
+    numbers = ([block] * axes, [halo] * 2 * axes, [1] * axes, 1.0, True)
+    with recording(block_kernel) as found:
+        out, norm = fused_block.run_forward(x, x, x, *tables, bias, *numbers)
+        fused_block.run_backward(out, x, x, x, *tables, bias, out, norm, *numbers)
+    return list({launch.fn: launch for launch in found}.values())  # the heads' turns are alike
+
+
+OPERATORS = {
+    "axial": axial_launches,
+    "axial separate": partial(axial_launches, separate=True),
+    "block": block_launches,
+    "block window": partial(block_launches, size=(56, 56), block=7, halo=0, relative=False, biased=True),
+    "block single": partial(block_launches, size=(56, 56), block=1, halo=3),
+}
+SMALLEST = [name for name in OPERATORS if name != "axial separate"]
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -201,7 +244,8 @@ def inspect(compiled: Any, name: str) -> Report:
 def variants(smallest: bool) -> Iterator[tuple[str, str, int, Launch, str]]:
     """Operator, dtype, head size, launch and target of every check."""
     if smallest:
-        yield from (("axial", "bf16", 16, launch, "sm_90") for launch in axial_launches(torch.bfloat16, 16))
+        for operator in SMALLEST:
+            yield from ((operator, "bf16", 16, x, "sm_90") for x in OPERATORS[operator](torch.bfloat16, 16))
         return
     for operator, dtype, width in product(OPERATORS, DTYPES, HEAD_SIZES):
         for launch, target in product(OPERATORS[operator](DTYPES[dtype], width), TARGETS):

@@ -19,23 +19,27 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def select(
-    operator: str, implementations: Mapping[Impl, Function], impl: Impl | None, q: Tensor, v: Tensor
+    operator: str,
+    implementations: Mapping[Impl, Function],
+    impl: Impl | None,
+    q: Tensor,
+    v: Tensor,
+    refusal: str = "",
 ) -> Function:
-    """The implementation that `impl` names; for None triton on CUDA where the operator has it, else eager.
+    """The implementation that `impl` names; for None triton on CUDA where it takes the arguments, else eager.
 
-    Raises ValueError for a name that is unknown or that this operator does not have.
+    refusal: why this operator's Triton kernels cannot take the arguments besides q and v, empty if they can.
+    Raises ValueError for a name that is unknown and for triton where it cannot run.
     """
     if impl is None:
-        usable = q.is_cuda and "triton" in implementations and not _refusal(q, v)
+        usable = q.is_cuda and not (refusal or _refusal(q, v))
         return implementations["triton" if usable else "eager"]
-    if impl in implementations:
-        if impl == "triton" and (reason := _refusal(q, v)):
-            raise ValueError(f"{operator}: impl='triton' {reason}; use impl='eager'")
-        return implementations[impl]
-    known = " or ".join(repr(name) for name in implementations)
-    if impl == "triton":
-        raise ValueError(f"{operator} has no Triton kernel in this version: impl='triton' must be {known}")
-    raise ValueError(f"{operator}: unknown {impl=}; expected {known}")
+    if impl not in implementations:
+        known = " or ".join(repr(name) for name in implementations)
+        raise ValueError(f"{operator}: unknown {impl=}; expected {known}")
+    if impl == "triton" and (reason := _refusal(q, v) or refusal):
+        raise ValueError(f"{operator}: impl='triton' {reason}; use impl='eager'")
+    return implementations[impl]
 
 
 def _refusal(q: Tensor, v: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,6 +77,27 @@ def assert_within_budget(
     budget = factor * ((eager.double() - truth).abs().max() + band)
     error = (actual.double() - truth).abs().max()
     assert error <= budget, f"{name}: error {error:.2e} > budget {budget:.2e}"
+
+
+def assert_meets_budget(
+    run: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    tensors: Mapping[str, Tensor],
+    impl: str,
+    sums: tuple[str, ...] = (),
+) -> None:
+    """Assert for the outputs of run(**tensors, impl=impl) and all gradients what `assert_within_budget` does.
+
+    sums: tensors, by the start of their names, whose gradients are a few long sums: one sample of such an
+    error says less about it, so their budget is doubled.
+    """
+    exact = {name: x.double() for name, x in tensors.items()}
+    truth, budget, actual = (
+        outputs_and_gradients(partial(run, impl=name), given)
+        for name, given in (("naive", exact), ("naive", tensors), (impl, tensors))
+    )
+    for name in truth:
+        factor = 4.0 if name.removeprefix("gradient of ").startswith(sums) else 2.0
+        assert_within_budget(name, actual[name], truth[name], budget[name], factor)
 
 
 def _laid_out(x: Tensor, layout: Layout) -> Tensor:

@@ -16,11 +16,12 @@ from medattn_kernels._check import (
     per_axis,
 )
 from medattn_kernels._select import Impl, select
-from medattn_kernels.block import eager, naive
+from medattn_kernels.block import eager, fused, naive
 
 IMPLEMENTATIONS: dict[Impl, Callable[..., Tensor]] = {
     "naive": naive.block_attention,
     "eager": eager.block_attention,
+    "triton": fused.block_attention,
 }
 
 
@@ -75,16 +76,18 @@ def block_attention(
             check_table(f"rel[{axis}]", table, q.shape[-1], q)
     if bias is not None:
         check_bias("bias", bias, axes, q)
-    run = select("block_attention", IMPLEMENTATIONS, impl, q, v)
+    pairs, masked = halo_per_axis(halo, axes), padding == "masked"
+    refusal = "" if rel is None else fused.refusal(q.shape[1:-2], blocks, pairs, masked)
+    run = select("block_attention", IMPLEMENTATIONS, impl, q, v, refusal)
     return run(
         q,
         k,
         v,
         block=blocks,
-        halo=halo_per_axis(halo, axes),
+        halo=pairs,
         rel=None if rel is None else tuple(rel),
         bias=bias,
         stride=strides,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        masked=padding == "masked",
+        masked=masked,
     )

@@ -19,6 +19,7 @@ from medattn_kernels.block.tiling import (
     merge_blocks,
     padded,
     query_blocks,
+    table_row,
     windows,
 )
 
@@ -185,7 +186,9 @@ def _relative(queries: Tensor, tiles: Tiles, rel: tuple[Tensor, ...]) -> list[Te
     near = torch.unflatten(queries, -2, [t.queries for t in tiles])
     terms = []
     for axis, (t, table) in enumerate(zip(tiles, rel, strict=True)):
-        rows = table.to(queries.dtype)[_row(t.offset(queries.device), table.shape[0])]  # [queries, window, D]
+        rows = table.to(queries.dtype)[
+            table_row(t.offset(queries.device), table.shape[0])
+        ]  # [queries, window, D]
         along = near.movedim(axis - len(tiles) - 1, 0)
         term = torch.unflatten(along.flatten(1, -2) @ rows.mT, 1, along.shape[1:-1])
         terms.append(term.movedim(0, axis - len(tiles) - 1).flatten(-len(tiles) - 1, -2))
@@ -206,12 +209,7 @@ def _pairs(bias: Tensor, tiles: Tiles) -> Tensor:
     """[H, *R] -> [H, queries, keys] by the offset of every pair."""
     axes = len(tiles)
     for axis, t in enumerate(tiles):
-        rows = _row(t.offset(bias.device), bias.shape[1 + 2 * axis])
+        rows = table_row(t.offset(bias.device), bias.shape[1 + 2 * axis])
         bias = bias.movedim(1 + 2 * axis, 1)[:, rows].movedim((1, 2), (1 + 2 * axis, 2 + 2 * axis))
     bias = bias.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2))
     return bias.flatten(1 + axes, -1).flatten(1, axes)
-
-
-def _row(offset: Tensor, rows: int) -> Tensor:
-    """Table row of an offset; offsets outside the table take its first or last row."""
-    return (offset + (rows - 1) // 2).clamp(0, rows - 1)

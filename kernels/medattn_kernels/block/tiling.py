@@ -37,6 +37,15 @@ class Tiling:
         """Positions that the last window has beyond the volume."""
         return (self.blocks - 1) * self.block + self.window - self.before - self.size
 
+    @property
+    def offsets(self) -> int:
+        """How many different offsets the pairs have."""
+        return self.window + (self.queries - 1) * self.stride
+
+    def all_offsets(self, device: torch.device) -> Tensor:
+        """They, from the smallest to the largest."""
+        return torch.arange(self.offsets, device=device) - self.before - (self.queries - 1) * self.stride
+
     def offset(self, device: torch.device) -> Tensor:
         """Key index minus query index of every pair, [queries, window]."""
         query = torch.arange(self.queries, device=device) * self.stride
@@ -60,6 +69,11 @@ def cut(size: int, block: int, halo: tuple[int, int], stride: int, masked: bool)
         block = min(block, size)
         before, after = min(before, (blocks - 1) * block), min(after, size - block)
     return Tiling(size, blocks, block, stride, before, before + block + after)
+
+
+def table_row(offset: Tensor, rows: int) -> Tensor:
+    """Table row of an offset; offsets outside the table take its first or last row."""
+    return (offset + (rows - 1) // 2).clamp(0, rows - 1)
 
 
 def query_blocks(q: Tensor, tiles: Tiles) -> Tensor:
