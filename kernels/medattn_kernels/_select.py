@@ -29,17 +29,43 @@ def select(
     """The implementation that `impl` names; for None triton on CUDA where it takes the arguments, else eager.
 
     refusal: why this operator's Triton kernels cannot take the arguments besides q and v, empty if they can.
-    Raises ValueError for a name that is unknown and for triton where it cannot run.
+    Raises ValueError for a name that is unknown and for triton where it cannot run, RuntimeError under a
+    torch.func transform.
     """
     if impl is None:
-        usable = q.is_cuda and not (refusal or _refusal(q, v))
-        return implementations["triton" if usable else "eager"]
-    if impl not in implementations:
+        impl = "triton" if q.is_cuda and not (refusal or _refusal(q, v)) else "eager"
+    elif impl not in implementations:
         known = " or ".join(repr(name) for name in implementations)
         raise ValueError(f"{operator}: unknown {impl=}; expected {known}")
-    if impl == "triton" and (reason := _refusal(q, v) or refusal):
+    elif impl == "triton" and (reason := _refusal(q, v) or refusal):
         raise ValueError(f"{operator}: impl='triton' {reason}; use impl='eager'")
+    if impl != "naive" and _transformed():
+        raise RuntimeError(
+            f"{operator}: impl={impl!r} has no rule for torch.func transforms such as grad, vjp and jvp; "
+            "use impl='naive'"
+        )
     return implementations[impl]
+
+
+def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of the autocast region around, if any, as PyTorch's own attention takes them.
+
+    `torch.library.register_autocast` would not do: it knows one dtype, not the one that the region has.
+    """
+    device = q.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) if x.dtype in FUSED_DTYPES else x for x in (q, k, v))
+    return q, k, v
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform other than vmap is at work; torch.compile finds out by itself."""
+    if torch.compiler.is_compiling():
+        return False
+    running = torch._C._functorch.peek_interpreter_stack()
+    return running is not None and running.key() != torch._C._functorch.TransformType.Vmap
 
 
 def _refusal(q: Tensor, v: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from itertools import product
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medattn_kernels import block_attention
+from medattn_kernels.block import eager
+from medattn_kernels.block.tiling import cut, padded, query_blocks
 from medattn_kernels.testing import (
     AWKWARD_SIZES,
     LAYOUTS,
@@ -90,8 +93,8 @@ def test_eager_matches_the_specification_for_any_shape_and_choice_of_terms(  # t
         "padding": padding,
     }
     naive = outputs_and_gradients(lambda **x: _run("naive", **x, **options), tensors)
-    eager = outputs_and_gradients(lambda **x: _run("eager", **x, **options), tensors)
-    torch.testing.assert_close(eager, naive, rtol=1e-10, atol=1e-11)
+    fast = outputs_and_gradients(lambda **x: _run("eager", **x, **options), tensors)
+    torch.testing.assert_close(fast, naive, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("impl", ["naive", "eager"])
@@ -234,11 +237,11 @@ def test_zero_padding_keeps_position_logits_of_keys_outside(impl: str) -> None:
     """Equals masked attention on a volume that was padded with zeros by hand (timm's HaloNet)."""
     x = make_qkv((4, 4)) | _tables(2)
     del x["bias"]
-    padded = {n: F.pad(x[n], (0, 0, 0, 0, 2, 2, 2, 2)) for n in "qkv"}
+    wider = {n: F.pad(x[n], (0, 0, 0, 0, 2, 2, 2, 2)) for n in "qkv"}
     tables = {n: x[n] for n in ("rel0", "rel1")}
     actual = _run(impl, **x, block=4, halo=2, padding="zero")
     # a block of 8 over the padded volume sees exactly the same 8 x 8 keys
-    expected = _run("naive", **padded, **tables, block=8, halo=0)[:, 2:6, 2:6]
+    expected = _run("naive", **wider, **tables, block=8, halo=0)[:, 2:6, 2:6]
     torch.testing.assert_close(actual, expected)
 
 
@@ -291,11 +294,24 @@ def test_repeated_backward_passes_are_equal_bit_for_bit() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_autocast_leaves_the_computation_in_the_inputs_dtype() -> None:
-    """float32 inputs stay float32 under bf16 autocast, forward and backward."""
-    tensors = {n: t.float() for n, t in (make_qkv((6, 5)) | _tables(2)).items()}
-    plain = outputs_and_gradients(lambda **x: _run(**x, block=4, halo=1), tensors)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = outputs_and_gradients(lambda **x: _run(**x, block=4, halo=1), tensors)
-    assert cast["output 0"].dtype == torch.float32
-    torch.testing.assert_close(cast, plain, rtol=5e-2, atol=5e-2)
+def test_torch_accepts_the_operator() -> None:
+    """Schema, fake tensors, autograd registration and tracing, as torch itself checks them."""
+    tiles = (cut(5, 4, (1, 1), 1, True), cut(3, 2, (0, 1), 1, True))
+    x = {n: t.float() for n, t in make_qkv((5, 3)).items()}
+    given = [query_blocks(x["q"], tiles), padded(x["k"], tiles), padded(x["v"], tiles), torch.randn(3, 8, 18)]
+    given = [t.detach().requires_grad_() for t in given]
+    cuts = [n for t in tiles for n in astuple(t)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(eager._attention, (*given, cuts, True), test_utils=tests)
+
+
+def test_compiles_without_a_break_and_with_the_same_gradients() -> None:
+    """The loops write in place, which tracing them would get wrong."""
+    tensors = {n: t.float() for n, t in (make_qkv((7, 5)) | _tables(2)).items()}
+
+    def run(**x: Tensor) -> Tensor:
+        return 2 * _run(**x, block=4, halo=1).sin()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, got = (outputs_and_gradients(f, tensors) for f in (run, compiled))
+    torch.testing.assert_close(got, expected)

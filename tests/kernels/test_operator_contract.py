@@ -62,6 +62,46 @@ def test_a_dtype_that_triton_does_not_take_is_refused(call: Callable[..., Any]) 
         call(impl="triton")
 
 
+@pytest.mark.parametrize("impl", ["naive", "eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", [_axial, _block])
+def test_autocast_casts_inputs_to_its_own_dtype(
+    call: Callable[..., Any], dtype: torch.dtype, impl: Any
+) -> None:
+    """Whatever dtype the region has, mixed inputs included; float64 stays. Same values as an explicit cast."""
+    x = {n: t.float() for n, t in make_qkv((4, 5)).items()}
+    x["k"] = x["k"].to(dtype)
+    expected = call(**{n: t.to(dtype) for n, t in x.items()}, impl=impl)
+    leaf = x["q"].requires_grad_()
+    with torch.autocast("cpu", dtype):
+        out = call(**x, impl=impl)
+        wide = call(impl="eager")
+    assert out.dtype == dtype
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["naive", "eager", "triton"])
+@pytest.mark.parametrize("call", [_axial, _block])
+def test_transforms_of_torch_func_work_or_are_refused(call: Callable[..., Any], impl: Any) -> None:
+    """naive goes through them; the others say so instead of failing inside torch."""
+    x = {n: t.float() for n, t in make_qkv((4, 5)).items()}
+    q = x.pop("q")
+
+    def loss(q: Tensor) -> Any:
+        return call(q=q, **x, impl=impl).square().sum()
+
+    if impl == "naive":
+        leaf = q.clone().requires_grad_()
+        torch.testing.assert_close(torch.func.grad(loss)(q), torch.autograd.grad(loss(leaf), leaf)[0])
+    else:
+        with pytest.raises(RuntimeError, match=rf"_attention: impl='{impl}' has no rule for torch.func"):
+            torch.func.grad(loss)(q)
+
+
 @pytest.mark.parametrize("call", [_axial, _block])
 def test_integer_inputs_are_refused(call: Callable[..., Any]) -> None:
     """Attention of integers is a mistake, not a request."""

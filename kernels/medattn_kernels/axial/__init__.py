@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from medattn_kernels._check import check_axis, check_parameter, check_qkv, check_span, check_table, shape
-from medattn_kernels._select import Impl, select
+from medattn_kernels._select import Impl, as_autocast, select
 from medattn_kernels.axial import eager, fused, naive
 from medattn_kernels.axial.moments import logit_moments
 
@@ -51,8 +51,10 @@ def axial_attention(
     scale: D^-1/2 if None.
     separate: return (sum_j a_ij v_j, sum_j a_ij rel_v[o]) instead of their sum; needs rel_v.
 
-    Returns [B, *size, H, E], or a pair of them. Raises ValueError or TypeError for arguments that do not fit.
+    Under autocast q, k and v are cast to its dtype. Returns [B, *size, H, E], or a pair of them. Raises
+    ValueError or TypeError for arguments that do not fit.
     """
+    q, k, v = as_autocast(q, k, v)
     check_qkv(q, k, v)
     axis = check_axis(axis, q)
     check_span(span)

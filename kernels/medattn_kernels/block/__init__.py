@@ -15,7 +15,7 @@ from medattn_kernels._check import (
     halo_per_axis,
     per_axis,
 )
-from medattn_kernels._select import Impl, select
+from medattn_kernels._select import Impl, as_autocast, select
 from medattn_kernels.block import eager, fused, naive
 
 IMPLEMENTATIONS: dict[Impl, Callable[..., Tensor]] = {
@@ -57,11 +57,12 @@ def block_attention(
     padding: what stands outside the volume. "masked": nothing. "zero": keys and values of zeros, which keep
         their position terms and take part in the softmax (timm's HaloNet weights were trained so).
 
-    Tables are used in q's dtype. Returns [B, *ceil(size / stride), H, E]. Raises ValueError or TypeError for
-    arguments that do not fit.
+    Tables are used in q's dtype; under autocast q, k and v are cast to its dtype. Returns
+    [B, *ceil(size / stride), H, E]. Raises ValueError or TypeError for arguments that do not fit.
 
     References: Vaswani et al. 2021 (HaloNet), Jiang et al. 2019 (halo on one side), Liu et al. 2021 (Swin).
     """
+    q, k, v = as_autocast(q, k, v)
     axes = len(check_qkv(q, k, v))
     blocks = per_axis("block", block, axes, smallest=1)
     strides = per_axis("stride", stride, axes, smallest=1)

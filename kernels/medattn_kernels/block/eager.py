@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from medattn_kernels._chunk import chunk_size, pieces
 from medattn_kernels.block.tiling import (
     Tiles,
+    Tiling,
     add_windows,
     cut,
     merge_blocks,
@@ -49,9 +49,8 @@ def block_attention(
     queries = query_blocks(q, tiles)
     columns = [scale * queries] if rel is None else [scale * queries, *_relative(queries, tiles, rel)]
     table = None if bias is None else _pairs(bias.to(q.dtype), tiles)
-    out: Tensor = _Windowed.apply(  # type: ignore[no-untyped-call]
-        torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, tiles, masked
-    )
+    cuts = [n for t in tiles for n in astuple(t)]
+    out = _attention(torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, cuts, masked)
     return merge_blocks(out, tiles)
 
 
@@ -99,38 +98,34 @@ class _Slab:
         return logits.softmax(-1)
 
 
-class _Windowed(torch.autograd.Function):
-    """Softmax attention of query blocks on their key windows; the backward pass forms the logits again.
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cuts: Sequence[int], masked: bool
+) -> Tensor:
+    """Softmax attention of query blocks on their key windows, [B, *blocks, H, queries, E].
 
     q: [B, *blocks, H, queries, D + P], P columns for places along the axes or none. k, v: padded volumes.
-    bias: [H, queries, keys] or None. Returns [B, *blocks, H, queries, E]. Computes in the inputs' dtype, also
-    under autocast; gradients of k, v and bias are summed in float32 at least.
+    bias: [H, queries, keys] or None. cuts: `Tiles` as numbers. Computes in the inputs' dtype.
     """
+    out = _empty(q, v)
+    with torch.autocast(q.device.type, enabled=False):
+        for slab in _slabs(q, k, v, _tiles(cuts), masked):
+            part = slab.of(out)
+            for n, m in slab.chunks():
+                part[n, :, m] = slab.attention(slab.placed_keys(n), n, m, bias) @ slab.values[n]
+    return out
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Tiles, masked: bool
-    ) -> Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        with torch.autocast(q.device.type, enabled=False):
-            for slab in _slabs(q, k, v, tiles, masked):
-                part = slab.of(out)
-                for n, m in slab.chunks():
-                    part[n, :, m] = slab.attention(slab.placed_keys(n), n, m, bias) @ slab.values[n]
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.tiles, ctx.masked = tiles, masked
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        precise = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=precise)
-        grad = grad.contiguous()
-        for slab in _slabs(q, k, v, ctx.tiles, ctx.masked):
+def run_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cuts: Sequence[int], masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, the last three summed in float32 at least; empty without bias."""
+    tiles, grad = _tiles(cuts), grad.contiguous()
+    precise = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
+    dbias = None if bias is None else torch.zeros_like(bias, dtype=precise)
+    with torch.autocast(q.device.type, enabled=False):
+        for slab in _slabs(q, k, v, tiles, masked):
             dkeys = torch.zeros_like(slab.keys, dtype=precise)
             dvalues = torch.zeros_like(slab.values, dtype=precise)
             part, dout = slab.of(dq), slab.of(grad)
@@ -144,9 +139,47 @@ class _Windowed(torch.autograd.Function):
                 dkeys[n] += dlogits.mT @ slab.queries[n, :, m, : k.shape[-1]]
                 if dbias is not None:
                     dbias[:, m] += dlogits.sum(0, dtype=precise)
-            add_windows(dk, dkeys, ctx.tiles, slab.batch, slab.rows)
-            add_windows(dv, dvalues, ctx.tiles, slab.batch, slab.rows)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None if dbias is None else dbias.to(q.dtype), None, None
+            add_windows(dk, dkeys, tiles, slab.batch, slab.rows)
+            add_windows(dv, dvalues, tiles, slab.batch, slab.rows)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), q.new_empty(0) if dbias is None else dbias.to(q.dtype)
+
+
+# operators to torch, so that torch.compile takes the loops and their writes in place as they are
+_attention = torch.library.custom_op("medattn::block_attention_eager", run_forward, mutates_args=())
+_backward = torch.library.custom_op("medattn::block_attention_eager_backward", run_backward, mutates_args=())
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _empty(q, v)
+
+
+@_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    last = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), last
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.numbers = inputs[4:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, dbias = _backward(grad, *ctx.saved_tensors, *ctx.numbers)
+    return dq, dk, dv, None if ctx.saved_tensors[3] is None else dbias, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _empty(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _tiles(cuts: Sequence[int]) -> Tiles:
+    step = len(fields(Tiling))
+    return tuple(Tiling(*cuts[n : n + step]) for n in range(0, len(cuts), step))
 
 
 def _slabs(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, masked: bool) -> Iterator[_Slab]:
