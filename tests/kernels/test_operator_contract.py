@@ -68,7 +68,7 @@ def test_a_dtype_that_triton_does_not_take_is_refused(call: Callable[..., Any]) 
 def test_autocast_casts_inputs_to_its_own_dtype(
     call: Callable[..., Any], dtype: torch.dtype, impl: Any
 ) -> None:
-    """Whatever dtype the region has, mixed inputs included; float64 stays. Same values as an explicit cast."""
+    """Whatever dtype the region has, mixed inputs included; float64 stays. Equal to an explicit cast."""
     x = {n: t.float() for n, t in make_qkv((4, 5)).items()}
     x["k"] = x["k"].to(dtype)
     expected = call(**{n: t.to(dtype) for n, t in x.items()}, impl=impl)

@@ -18,6 +18,7 @@ from medattn_kernels.block.tiles import (
     bias_of,
     by_offset,
     column_of_box,
+    exp,
     hide,
     hot,
     hot_of_box,
@@ -108,8 +109,8 @@ def forward(
         s = hide(s, inside & (n + K <= volume(cut[6])), seen, place, key_place, own)
         higher = tl.maximum(highest, tl.max(s, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen yet
-        a = tl.exp(s - shift[:, None])
-        fade = tl.exp(highest - shift)
+        a = exp(s - shift[:, None])
+        fade = exp(highest - shift)
         total = total * fade + tl.sum(a, 1)
         highest = higher
         values = load(v, batch, key_place, head, real, value_width, X)
@@ -185,7 +186,7 @@ def _gradients(s, highest, share, inner, gradient, values):
 
     Queries that do not exist were loaded as zeros, so was their dy: they give no gradients.
     """
-    a = tl.exp(s - highest[:, None]) * share[:, None]
+    a = exp(s - highest[:, None]) * share[:, None]
     return a, a * (dot(gradient, tl.trans(values)) - inner[:, None])
 
 
