@@ -53,7 +53,7 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     `torch.library.register_autocast` would not do: it knows one dtype, not the one that the region has.
     """
     device = q.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if x.dtype in FUSED_DTYPES else x for x in (q, k, v))
@@ -64,7 +64,7 @@ def _transformed() -> bool:
     """Whether a torch.func transform other than vmap is at work; torch.compile finds out by itself."""
     if torch.compiler.is_compiling():
         return False
-    running = torch._C._functorch.peek_interpreter_stack()
+    running: Any = torch._C._functorch.peek_interpreter_stack()  # None outside of any
     return running is not None and running.key() != torch._C._functorch.TransformType.Vmap
 
 

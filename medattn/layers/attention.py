@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from medattn.layers.position import AxialAttention, BlockAttention
+from medattn_kernels import block_attention
 
 OUT_STD = 0.02  # of the last projection's weights: a layer starts near the identity, yet all of it trains
 
@@ -56,6 +58,28 @@ class SpatialAttention(nn.Module):
         """x [B, C, *size] -> [B, C, *size]."""
         out: Tensor = self.layers(x.movedim(1, -1).contiguous())
         return out.movedim(-1, 1)
+
+
+class RasterBlockAttention(nn.Module):
+    """x + attention of the published head-and-neck U-Net (Jiang et al. 2019) on [B, C, h, w].
+
+    Its scan of overlapping windows in raster order, later ones over earlier ones, equals query blocks with a
+    halo after them only. One head, no scale, no positions, projections with bias and as wide as x.
+    Parameters as published, 3 (C^2 + C) + 1: gamma is there and has no effect.
+    """
+
+    def __init__(self, channels: int, *, block: int = 24, halo: int = 12) -> None:
+        super().__init__()
+        self.block, self.halo = block, (0, halo)
+        self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, C, h, w]."""
+        # used this way, gamma's gradient is zero instead of missing
+        q, k, v = (part(x).movedim(1, -1)[..., None, :] for part in (self.query, self.key, self.value))
+        out = block_attention(q, k, v, block=self.block, halo=[self.halo] * 2, scale=1.0)
+        return x + out[..., 0, :].movedim(-1, 1) + 0 * self.gamma
 
 
 def block_layers(

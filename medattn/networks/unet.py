@@ -92,7 +92,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         size = x.shape[2:]
-        if any(padding := _padding(size, self.multiple)):
+        if any(padding := padding_to_multiple(size, self.multiple)):
             x = F.pad(x, padding, mode="replicate")
         skips = []
         for stage in self.encoder:
@@ -133,7 +133,7 @@ def _stride(stride: Stride | int, dims: int) -> Stride:
     return (stride,) * dims if isinstance(stride, int) else tuple(stride)
 
 
-def _padding(size: Sequence[int], multiple: Sequence[int]) -> list[int]:
+def padding_to_multiple(size: Sequence[int], multiple: Sequence[int]) -> list[int]:
     """Arguments of F.pad that bring each axis to a multiple, last axis first."""
     return [n for s, m in zip(reversed(size), reversed(multiple), strict=True) for n in (0, -s % m)]
 
