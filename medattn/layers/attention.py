@@ -48,9 +48,9 @@ class AttentionLayer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention layers in sequence on features [B, C, *size]; channels go last once, around all of them."""
+    """Layers on [B, *size, C] in sequence, for features [B, C, *size]: channels go last once, around all."""
 
-    def __init__(self, layers: Iterable[AttentionLayer]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
 

@@ -65,8 +65,8 @@ def builder(name: str) -> Builder:
 
 
 def family(name: str) -> str:
-    """The family of a network: the module that holds it."""
-    return builder(name).__module__.rsplit(".", 1)[-1]
+    """The family of a network: the module or package of this one that holds it."""
+    return builder(name).__module__.split(".")[2]
 
 
 def _load_families() -> None:

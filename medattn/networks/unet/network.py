@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medattn.errors import InputError
-from medattn.layers.attention import axial_layers, block_layers
-from medattn.networks.registry import register
 
 Stride = tuple[int, ...]
 MakeAttention = Callable[[int, int], nn.Module]
@@ -33,8 +30,9 @@ class UNet(nn.Module):
     in the encoder and in the decoder. residual: shortcut around each level's convolutions. norm: "instance"
     or "batch".
     attention: built with (channels, spatial_dims) and placed after the decoder levels named in
-    attention_levels (0 is the finest). If None, the level at a quarter of the resolution: attention costs
-    little there and still sees organs, not blurs.
+    attention_levels (0 is the finest) and the encoder levels in encoder_attention_levels. If attention_levels
+    is None, the level at a quarter of the resolution: attention costs little there and still sees organs, not
+    blurs.
     full_resolution: if False, the first stride is taken by the first convolution and undone by the last one,
     so that no feature map has the input's size: most of a CPU's time goes there.
     deep_supervision: in training mode, return a list of logits, finest first, one per decoder level.
@@ -56,6 +54,7 @@ class UNet(nn.Module):
         norm: str = "instance",
         attention: MakeAttention | None = None,
         attention_levels: Sequence[int] | None = None,
+        encoder_attention_levels: Sequence[int] = (),
         full_resolution: bool = True,
         deep_supervision: bool = False,
     ) -> None:
@@ -68,7 +67,12 @@ class UNet(nn.Module):
             attention_levels = (min(1 + full_resolution, len(steps) - 1),)
         counts = list(convs or [1 if full_resolution else 2] + [2] * (len(widths) - 1))
         _check(spatial_dims, widths, steps, counts, norm, attention_levels if attention else ())
+        _check_levels("encoder_attention_levels", encoder_attention_levels, len(widths))
         self.deep_supervision = deep_supervision
+
+        def attend(level: int, levels: Sequence[int]) -> nn.Module:
+            wanted = attention is not None and level in levels
+            return attention(widths[level], spatial_dims) if attention and wanted else nn.Identity()
 
         def stage(inputs: int, width: int, count: int, stride: Stride | int = 1) -> nn.Module:
             return _stage(spatial_dims, inputs, width, count, stride, norm, residual)
@@ -76,15 +80,15 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList([stage(in_channels, widths[0], counts[0], stem)])
         for level, step in enumerate(steps, start=1):
             self.encoder.append(stage(widths[level - 1], widths[level], counts[level], step))
+        self.encoder_attention = nn.ModuleList(
+            attend(level, encoder_attention_levels) for level in range(len(widths))
+        )
         self.up, self.decoder, self.attention, self.heads = (nn.ModuleList() for _ in range(4))
         transposed = nn.ConvTranspose3d if spatial_dims == 3 else nn.ConvTranspose2d
         for level, step in enumerate(steps):
             self.up.append(transposed(widths[level + 1], widths[level], step, step))  # type: ignore[arg-type]
             self.decoder.append(stage(2 * widths[level], widths[level], counts[level]))
-            wanted = attention is not None and level in attention_levels
-            self.attention.append(
-                attention(widths[level], spatial_dims) if attention is not None and wanted else nn.Identity()
-            )
+            self.attention.append(attend(level, attention_levels))
             if level == 0 or deep_supervision:
                 self.heads.append(transposed(widths[level], out_channels, stem, stem))  # type: ignore[arg-type]
                 with torch.no_grad():
@@ -95,8 +99,8 @@ class UNet(nn.Module):
         if any(padding := padding_to_multiple(size, self.multiple)):
             x = F.pad(x, padding, mode="replicate")
         skips = []
-        for stage in self.encoder:
-            x = stage(x)
+        for stage, attention in zip(self.encoder, self.encoder_attention, strict=True):
+            x = attention(stage(x))
             skips.append(x)
         logits = []
         for level in reversed(range(len(self.up))):
@@ -157,43 +161,10 @@ def _check(
         )
     if norm not in ("instance", "batch"):
         raise InputError(f"norm is {norm!r}, expected 'instance' or 'batch'")
-    if outside := [level for level in levels if not 0 <= level < len(steps)]:
-        raise InputError(
-            f"attention_levels {outside} do not exist: the decoder has levels 0 to {len(steps) - 1}"
-        )
+    _check_levels("attention_levels", levels, len(steps))
 
 
-@register
-def unet(**options: Any) -> UNet:
-    """Plain U-Net, the baseline of every attention network here."""
-    return UNet(**options)
-
-
-@register
-def unet_block(
-    *,
-    heads: int = 2,
-    block: int | None = None,
-    halo: int | None = None,
-    relative: bool = True,
-    layers: int = 1,
-    **options: Any,
-) -> UNet:
-    """U-Net with one layer of local block attention in its decoder (after Jiang et al. 2019)."""
-    make = partial(block_layers, layers=layers, heads=heads, block=block, halo=halo, relative=relative)
-    return UNet(attention=make, **options)
-
-
-@register
-def unet_block2(**options: Any) -> UNet:
-    """U-Net with two layers of block attention, one looking ahead and one looking back."""
-    return unet_block(**{"layers": 2} | options)
-
-
-@register
-def unet_axial(
-    *, heads: int = 2, span: int | None = None, relative: bool = True, layers: int = 1, **options: Any
-) -> UNet:
-    """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
-    make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
-    return UNet(attention=make, **options)
+def _check_levels(name: str, levels: Sequence[int], count: int) -> None:
+    if outside := [level for level in levels if not 0 <= level < count]:
+        part = "encoder" if name.startswith("encoder") else "decoder"
+        raise InputError(f"{name} {outside} do not exist: the {part} has levels 0 to {count - 1}")

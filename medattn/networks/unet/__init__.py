@@ -1,0 +1,57 @@
+"""The U-Net, plain and with every attention method: a function chooses numbers, the layer goes in as a value.
+
+All take the options of `unet` besides their own; `attention_levels` and `encoder_attention_levels` say where.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from medattn.layers.attention import axial_layers, block_layers
+from medattn.networks.registry import register
+from medattn.networks.unet.network import UNet, padding_to_multiple
+
+__all__ = ["UNet", "padding_to_multiple"]
+
+
+@register
+def unet(**options: Any) -> UNet:
+    """Plain U-Net, the baseline of every attention network here."""
+    return UNet(**options)
+
+
+@register
+def unet_block(
+    *,
+    heads: int = 2,
+    block: int | None = None,
+    halo: int | None = None,
+    relative: bool = True,
+    layers: int = 1,
+    **options: Any,
+) -> UNet:
+    """U-Net with one layer of local block attention in its decoder (after Jiang et al. 2019)."""
+    make = partial(block_layers, layers=layers, heads=heads, block=block, halo=halo, relative=relative)
+    return UNet(attention=make, **options)
+
+
+@register
+def unet_block2(**options: Any) -> UNet:
+    """U-Net with two layers of block attention, one looking ahead and one looking back."""
+    return unet_block(**{"layers": 2} | options)
+
+
+@register
+def unet_halo(*, heads: int = 2, block: int | None = None, halo: int = 3, **options: Any) -> UNet:
+    """U-Net with HaloNet's attention: blocks of 8 (4 in 3D), halo 3, heads of 16 (Vaswani et al. 2021)."""
+    return UNet(attention=partial(block_layers, heads=heads, head_size=16, block=block, halo=halo), **options)
+
+
+@register
+def unet_axial(
+    *, heads: int = 2, span: int | None = None, relative: bool = True, layers: int = 1, **options: Any
+) -> UNet:
+    """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
+    make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
+    return UNet(attention=make, **options)
