@@ -15,7 +15,7 @@ Pointer = tuple[Tensor, tuple[int, ...]]
 Triple = tuple[int, ...]
 
 LONGEST_WINDOW = 128  # along an axis: its position terms stay in registers
-QUERIES, KEYS = 64, 64  # per tile; half the keys where heads are wide or every pair has its own bias
+QUERIES, KEYS = 64, 64  # per tile; fewer for wide heads, long windows or a bias, which need more registers
 FEWEST_QUERIES = 16  # of a tile; blocks of fewer are joined
 SCRATCH = 0.125  # of inputs, outputs and gradients: position terms that the two backward passes share
 PROGRAMS, FEWEST_PROGRAMS = 1024, 128  # of passes that sum over blocks: some per multiprocessor, or one
@@ -205,14 +205,16 @@ class _Launch:
             if self.bias is not None:
                 self.bias = self._by_offset(self.bias, 1 + axis, 3 - self.axes + axis)
         widths = [_padded_length(n) for n in self.widths]
+        rows = _padded_length(max(t.offsets for t in self.cut))
+        most = min(QUERIES if max(widths) <= 64 else QUERIES // 2, max(16, 4096 // rows))
         self.options = {
             "MASKED": masked,
-            "Q": min(QUERIES, _padded_length(self.queries)),
+            "Q": min(most, _padded_length(self.queries)),
             "K": KEYS if max(widths) <= 32 and bias is None else KEYS // 2,
             "W": widths[0],
             "X": widths[1],
             "P": _padded_length(max(t.window for t in self.cut)),
-            "R": _padded_length(max(t.offsets for t in self.cut)),
+            "R": rows,
             "num_warps": 4 if max(widths) <= 64 else 8,
             "num_stages": 1,
         }
