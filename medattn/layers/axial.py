@@ -91,7 +91,7 @@ class _NormalisedAxialAttention(nn.Module):
             mean, variance = (moment.flatten() for moment in moments)
             length = q.shape[1 + self.axis]
             lines = q[..., 0, 0].numel() // length
-            _track(norm, mean, variance, lines * pairs_seen(length, self.span))
+            track_statistics(norm, mean, variance, lines * pairs_seen(length, self.span))
         else:
             variance = norm.running_var
         # the bias shifts all logits of a query alike; used this way, its gradient is zero instead of missing
@@ -116,7 +116,7 @@ class AxialAttention3d(_NormalisedAxialAttention):
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
     """Move a batch norm's running statistics as its own forward pass would: the variance unbiased."""
     if not norm.training or norm.running_mean is None:
         return

@@ -9,6 +9,15 @@ from functools import partial
 from typing import Any
 
 from medattn.layers.attention import axial_layers, block_layers
+from medattn.layers.companions import (
+    crisscross_layers,
+    dual_layers,
+    external_layers,
+    focal_layers,
+    lesa_layers,
+    nonlocal_layers,
+    psa_layers,
+)
 from medattn.networks.registry import register
 from medattn.networks.unet.network import UNet, padding_to_multiple
 
@@ -54,4 +63,54 @@ def unet_axial(
 ) -> UNet:
     """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
     make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
+    return UNet(attention=make, **options)
+
+
+@register
+def unet_nonlocal(*, norm: bool = True, **options: Any) -> UNet:
+    """U-Net with a non-local block (Wang et al. 2018)."""
+    return UNet(attention=partial(nonlocal_layers, norm=norm), **options)
+
+
+@register
+def unet_dual(**options: Any) -> UNet:
+    """U-Net with dual attention, over positions and over channels (DANet, Fu et al. 2019)."""
+    return UNet(attention=dual_layers, **options)
+
+
+@register
+def unet_crisscross(*, recurrence: int | None = None, **options: Any) -> UNet:
+    """U-Net with criss-cross attention, once per axis if recurrence is None (CCNet, Huang et al. 2019)."""
+    return UNet(attention=partial(crisscross_layers, recurrence=recurrence), **options)
+
+
+@register
+def unet_psa(*, mask: int | None = None, shrink: int = 2, **options: Any) -> UNet:
+    """U-Net with point-wise spatial attention, collecting and distributing (PSANet, Zhao et al. 2018)."""
+    return UNet(attention=partial(psa_layers, mask=mask, shrink=shrink), **options)
+
+
+@register
+def unet_external(*, slots: int = 64, heads: int | None = None, **options: Any) -> UNet:
+    """U-Net with external attention to learned memory slots (Guo et al. 2021)."""
+    return UNet(attention=partial(external_layers, slots=slots, heads=heads), **options)
+
+
+@register
+def unet_enhanced(*, heads: int | None = None, length: int = 32, **options: Any) -> UNet:
+    """U-Net with locally enhanced self-attention (LESA, Yang et al. 2021)."""
+    return UNet(attention=partial(lesa_layers, heads=heads, length=length), **options)
+
+
+@register
+def unet_focal(
+    *,
+    heads: int = 2,
+    window: int | None = None,
+    expand: int | None = None,
+    focal_window: int | None = None,
+    **options: Any,
+) -> UNet:
+    """U-Net with focal attention, fine nearby and pooled further away (Yang et al. 2021)."""
+    make = partial(focal_layers, heads=heads, window=window, expand=expand, focal_window=focal_window)
     return UNet(attention=make, **options)
