@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medattn_kernels import axial_attention
+from medattn_kernels.axial import eager
 from medattn_kernels.testing import (
     AWKWARD_SIZES,
     LAYOUTS,
@@ -18,7 +19,7 @@ from medattn_kernels.testing import (
     outputs_and_gradients,
 )
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARAMETERS = ("gradient of rel", "gradient of gain")
 SIZES_AND_AXES = [
     pytest.param(size, axis, id=f"{'x'.join(map(str, size))}-axis{axis}")
@@ -66,7 +67,7 @@ def test_eager_with_all_terms_matches_the_specification_in_every_gradient(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("span", [None, 3])
 def test_eager_without_tables_matches_the_specification(dtype: torch.dtype, span: int | None) -> None:
-    """The fused path, with value heads wider and narrower than query heads."""
+    """Value heads wider and narrower than query heads, with a gain and without."""
     for value_width in (4, 8):
         tensors = make_qkv((4, 6, 3), width=5, value_width=value_width)
         _assert_eager_within_budget(tensors, dtype, axis=1, span=span)
@@ -205,7 +206,18 @@ def test_separate_parts_add_up_and_unit_gain_is_no_gain() -> None:
     torch.testing.assert_close(content + position, axial_attention(**x, **tables, axis=0))
 
 
-@pytest.mark.parametrize("limit", [1, 100, 500])
+@pytest.mark.parametrize(("sizes", "limit"), [((2, 3, 4), 1), ((2, 3, 4), 5), ((7, 1, 2), 6), ((0, 3), 9)])
+def test_boxes_cover_everything_once_within_the_limit(sizes: tuple[int, ...], limit: int) -> None:
+    """Whole last axes where they fit, parts of one where they do not."""
+    covered = torch.zeros(sizes)
+    for box in eager._boxes(sizes, limit):
+        covered[box] += 1
+        assert 0 < covered[box].numel() <= limit
+    assert (covered == 1).all()
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("limit", [1, 200, 1000])
 def test_lines_in_pieces_equal_the_whole(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line at a time, several, and a last piece that is shorter; recomputed in the backward pass."""
     tensors = make_qkv((4, 5), batch=2) | _tables((5, 9, 3))
@@ -232,3 +244,59 @@ def test_repeated_backward_passes_are_equal_bit_for_bit() -> None:
         outputs_and_gradients(lambda **x: axial_attention(**x, axis=0), tensors) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inputs_without_gradients_and_expanded_ones() -> None:
+    """One gradient at a time equals all at once; memory that several entries share is only read."""
+    tensors = {n: t.float() for n, t in (make_qkv((4, 5)) | _tables((9, 3, 5))).items()}
+    tensors |= {n: tensors[n][:1].expand(2, -1, -1, -1, -1) for n in "kv"}
+    every = outputs_and_gradients(lambda **x: axial_attention(**x, axis=1), tensors)
+    for name, tensor in tensors.items():
+        others = {n: t for n, t in tensors.items() if n != name}
+        one = outputs_and_gradients(lambda o=others, **x: axial_attention(**x, **o, axis=1), {name: tensor})
+        assert all(torch.equal(one[n], every[n]) for n in one)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The error names the operator; `naive` has any number of derivatives."""
+    x = {n: t.requires_grad_() for n, t in make_qkv((3,)).items()}
+    (first,) = torch.autograd.grad(
+        axial_attention(**x, axis=0, impl="eager").sum(), x["q"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=r"axial_attention_eager_backward.* no autograd formula"):
+        torch.autograd.grad(first.sum(), x["q"])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_runs_one_by_one() -> None:
+    """torch knows no rule for many at once and says so."""
+    x = {n: t.float() for n, t in (make_qkv((4, 3)) | _tables((5, 3, 7))).items()}
+    queries = torch.stack([x.pop("q"), torch.randn(2, 4, 3, 3, 5)])
+
+    def run(q: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return axial_attention(q, **x, axis=0, impl="eager")
+
+    expected = torch.stack([run(q) for q in queries])  # type: ignore[arg-type, misc]
+    torch.testing.assert_close(torch.vmap(run)(queries), expected)
+
+
+@pytest.mark.parametrize("terms", [(), ("rel_q", "rel_k", "rel_v", "gain")], ids=["content", "all"])
+def test_torch_accepts_the_operator(terms: tuple[str, ...]) -> None:
+    """Schema, fake tensors, autograd registration and tracing, as torch itself checks them."""
+    x = {n: t.float().requires_grad_() for n, t in (make_qkv((4, 2)) | _tables((8, 8, 8))).items()}
+    given = [x[n] if n in ("q", "k", "v", *terms) else None for n in x]  # tables as rows by offset, 2 L
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(eager._attention, (*given, 0, 3, 0.5, bool(terms)), test_utils=tests)
+
+
+@pytest.mark.parametrize("terms", [(), ("rel_q", "rel_k", "rel_v", "gain")], ids=["content", "all"])
+def test_compiles_without_a_break_and_with_the_same_gradients(terms: tuple[str, ...]) -> None:
+    """The loop over lines writes in place, which tracing it would get wrong."""
+    tensors = make_qkv((5, 2)) | {n: t for n, t in _tables((7, 15, 3)).items() if n in terms}
+
+    def run(**x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return axial_attention(**x, axis=0, span=7, separate=bool(terms), impl="eager")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected, got = (outputs_and_gradients(f, tensors) for f in (run, compiled))
+    torch.testing.assert_close(got, expected)
