@@ -5,5 +5,6 @@ Needs torch only. The mathematics, gradients and memory of each operator are in 
 
 from medattn_kernels.axial import axial_attention, logit_moments
 from medattn_kernels.block import block_attention
+from medattn_kernels.crosscov import cross_covariance_attention
 
-__all__ = ["axial_attention", "block_attention", "logit_moments"]
+__all__ = ["axial_attention", "block_attention", "cross_covariance_attention", "logit_moments"]

@@ -165,9 +165,13 @@ import sys
 sys.modules["triton"] = None
 import torch
 import medattn_kernels
-for name in ("axial", "block"):
+operators = {
+    "axial": {"axis": 1},
+    "block": {"block": 2, "halo": 1},
+    "cross_covariance": {"temperature": torch.ones(2)},
+}
+for name, arguments in operators.items():
     x = [torch.randn(1, 4, 5, 2, 3, requires_grad=True) for _ in range(3)]
-    arguments = {"axis": 1} if name == "axial" else {"block": 2, "halo": 1}
     getattr(medattn_kernels, f"{name}_attention")(*x, **arguments).sum().backward()
     assert x[0].grad is not None
     try:

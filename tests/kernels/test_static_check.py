@@ -18,3 +18,4 @@ def test_kernels_compile_for_a_gpu_without_spills() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| axial ") == 4
     assert done.stdout.count("| block ") == 10
+    assert done.stdout.count("| crosscov ") == 6

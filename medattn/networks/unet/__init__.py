@@ -18,6 +18,7 @@ from medattn.layers.companions import (
     nonlocal_layers,
     psa_layers,
 )
+from medattn.layers.crosscov import crosscov_layers
 from medattn.networks.registry import register
 from medattn.networks.unet.network import UNet, padding_to_multiple
 
@@ -64,6 +65,12 @@ def unet_axial(
     """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
     make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
     return UNet(attention=make, **options)
+
+
+@register
+def unet_crosscov(*, heads: int = 2, local: bool = True, layers: int = 1, **options: Any) -> UNet:
+    """U-Net with cross-covariance attention, channels to channels (XCiT, El-Nouby et al. 2021)."""
+    return UNet(attention=partial(crosscov_layers, heads=heads, local=local, layers=layers), **options)
 
 
 @register
