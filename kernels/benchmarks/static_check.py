@@ -45,6 +45,8 @@ from medattn_kernels.block import fused as fused_block
 from medattn_kernels.block import kernel as block_kernel
 from medattn_kernels.crosscov import fused as fused_crosscov
 from medattn_kernels.crosscov import kernel as crosscov_kernel
+from medattn_kernels.lambdas import fused as fused_lambdas
+from medattn_kernels.lambdas import kernel as lambda_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -190,6 +192,20 @@ def crosscov_launches(dtype: torch.dtype, width: int) -> list[Launch]:
     return found
 
 
+def lambda_launches(dtype: torch.dtype, width: int) -> list[Launch]:
+    """Lambda attention on a 96^3 volume: 4 heads of queries, values twice as wide as keys, a table of 7^3."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = (empty(1, 96, 96, 96, *shape) for shape in ((4, width), (1, width), (1, 2 * width)))
+    table = empty(7, 7, 7, 1, width)
+    with recording(lambda_kernel) as found:
+        out, *statistics = fused_lambdas.run_forward(q, k, v, table)
+        fused_lambdas.run_backward(out, q, k, v, table, *statistics)
+    return found
+
+
 OPERATORS = {
     "axial": axial_launches,
     "axial separate": partial(axial_launches, separate=True),
@@ -197,6 +213,7 @@ OPERATORS = {
     "block window": partial(block_launches, size=(56, 56), block=7, halo=0, relative=False, biased=True),
     "block single": partial(block_launches, size=(56, 56), block=1, halo=3),
     "crosscov": crosscov_launches,
+    "lambda": lambda_launches,
 }
 SMALLEST = [name for name in OPERATORS if name != "axial separate"]
 

@@ -169,6 +169,7 @@ operators = {
     "axial": {"axis": 1},
     "block": {"block": 2, "halo": 1},
     "cross_covariance": {"temperature": torch.ones(2)},
+    "lambda": {"table": torch.randn(3, 3, 2, 3)},
 }
 for name, arguments in operators.items():
     x = [torch.randn(1, 4, 5, 2, 3, requires_grad=True) for _ in range(3)]

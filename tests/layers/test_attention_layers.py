@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medattn.layers.attention import AttentionLayer, SpatialAttention, axial_layers, block_layers
 from medattn.layers.crosscov import crosscov_layers
+from medattn.layers.lambdas import lambda_layers
 
 FACTORIES = [
     pytest.param(block_layers, {}, id="block"),
@@ -18,6 +19,8 @@ FACTORIES = [
     pytest.param(axial_layers, {}, id="axial"),
     pytest.param(axial_layers, {"span": 3, "layers": 2}, id="axial-local"),
     pytest.param(axial_layers, {"relative": False}, id="axial-plain"),
+    pytest.param(lambda_layers, {}, id="lambda"),
+    pytest.param(lambda_layers, {"depth": 2, "scope": 3, "heads": 2}, id="lambda-deep"),
     pytest.param(crosscov_layers, {}, id="crosscov"),
     pytest.param(crosscov_layers, {"local": False, "heads": 4}, id="crosscov-plain"),
 ]

@@ -15,7 +15,7 @@ from medattn.networks.slicewise import SliceWise
 from medattn.networks.unet import UNet
 
 UNETS = names("unet*")
-OURS = ("unet_block", "unet_block2", "unet_halo", "unet_axial", "unet_crosscov")
+OURS = ("unet_block", "unet_block2", "unet_halo", "unet_axial", "unet_lambda", "unet_crosscov")
 ODD = (13, 18, 11)
 INERT = ("key_conv.bias", "phi.bias", "bn_similarity.bias")  # shift all logits of a query alike
 

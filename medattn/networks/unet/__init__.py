@@ -19,6 +19,7 @@ from medattn.layers.companions import (
     psa_layers,
 )
 from medattn.layers.crosscov import crosscov_layers
+from medattn.layers.lambdas import lambda_layers
 from medattn.networks.registry import register
 from medattn.networks.unet.network import UNet, padding_to_multiple
 
@@ -64,6 +65,21 @@ def unet_axial(
 ) -> UNet:
     """U-Net with position-sensitive axial attention in its decoder (after Wang et al. 2020)."""
     make = partial(axial_layers, layers=layers, heads=heads, span=span, relative=relative)
+    return UNet(attention=make, **options)
+
+
+@register
+def unet_lambda(
+    *,
+    heads: int = 4,
+    key_size: int = 16,
+    depth: int = 1,
+    scope: int | None = None,
+    layers: int = 1,
+    **options: Any,
+) -> UNet:
+    """U-Net with lambda layers, linear functions of the context without a map (Bello 2021)."""
+    make = partial(lambda_layers, layers=layers, heads=heads, key_size=key_size, depth=depth, scope=scope)
     return UNet(attention=make, **options)
 
 
