@@ -152,23 +152,35 @@ def export(args: Namespace) -> int:
 
 def networks(args: Namespace) -> int:
     """List networks with their families and parameter counts; nothing is allocated."""
-    import torch
-
-    from medattn.networks import create, names
+    from medattn.networks import names
     from medattn.networks.registry import family
     from medattn_pipelines.progress import print_table
 
-    rows = []
-    for name in names():
-        with torch.device("meta"):
-            network = create(name, spatial_dims=3, in_channels=1, out_channels=8)
-        rows.append((name, family(name), sum(weight.numel() for weight in network.parameters())))
+    rows = [(name, family(name), _parameters(name, 2), _parameters(name, 3)) for name in names()]
     if args.json:
-        keys = ("name", "family", "parameters")
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1))
+        keys = ("name", "family", "parameters_2d", "parameters")
+        # of networks for images alone, which have no count in 3D, that in 2D
+        found = [dict(zip(keys, (*row[:3], row[3] or row[2]), strict=True)) for row in rows]
+        print(json.dumps(found, indent=1))
     else:
-        print_table("", ("name", "family", "parameters (3D, 1 channel in, 8 out)"), rows)
+        header = ("name", "family", "parameters in 2D", "in 3D (1 channel in, 8 out)")
+        print_table("", header, [tuple("-" if cell is None else cell for cell in row) for row in rows])
     return 0
+
+
+def _parameters(name: str, spatial_dims: int) -> int | None:
+    """How many a network has with one channel in and eight out; None if it is not made for so many axes."""
+    import torch
+
+    from medattn.errors import InputError
+    from medattn.networks import create
+
+    try:
+        with torch.device("meta"):
+            network = create(name, spatial_dims=spatial_dims, in_channels=1, out_channels=8)
+    except InputError:
+        return None
+    return sum(weight.numel() for weight in network.parameters())
 
 
 def _train_notes() -> str:

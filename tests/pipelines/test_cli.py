@@ -184,6 +184,8 @@ def test_networks_are_listed_for_people_and_programs(capsys: pytest.CaptureFixtu
     assert unet["family"] == "unet"
     built = medattn.networks.create("unet", spatial_dims=3, in_channels=1, out_channels=8)
     assert unet["parameters"] == sum(weight.numel() for weight in built.parameters())
+    published = next(row for row in rows if row["name"] == "block_unet_2d")  # for images alone
+    assert published["parameters"] == published["parameters_2d"] == 13_394_567 + 65 + 2 * 12_481
     assert main(["networks"]) == 0
     assert str(unet["parameters"]) in capsys.readouterr().out
 
