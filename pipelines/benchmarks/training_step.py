@@ -22,7 +22,7 @@ from medattn_pipelines.progress import print_table
 from medattn_pipelines.runs import choose_device, choose_precision
 
 ORGANS = 7
-NAMES = ("unet", "unet_block", "unet_block2", "unet_axial")
+NAMES = ("unet", "unet_block", "unet_block2", "unet_halo", "unet_axial", "unet_lambda", "unet_crosscov")
 
 
 def networks(full_resolution: bool) -> dict[str, nn.Module]:
