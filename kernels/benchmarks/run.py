@@ -218,6 +218,7 @@ def _version(package: str) -> str:
 
 
 def positive_number(text: str) -> int:
+    """A command-line argument of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")

@@ -16,8 +16,9 @@ triton = pytest.importorskip("triton", reason="Triton is there on Linux only")
 import triton.language as tl  # noqa: E402
 
 from medattn_kernels import block_attention  # noqa: E402
+from medattn_kernels._device import addresses  # noqa: E402
 from medattn_kernels.block import fused  # noqa: E402
-from medattn_kernels.block.tiles import addresses, quick_unravel  # noqa: E402
+from medattn_kernels.block.tiles import quick_unravel  # noqa: E402
 from medattn_kernels.testing import (  # noqa: E402
     Layout,
     assert_meets_budget,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medattn_kernels._launch import padded
+
 Strides = tuple[int, int, int, int, int, int]
 Pointer = tuple[Tensor, Strides]
 
@@ -181,7 +183,7 @@ class _Launch:
         self.axis, self.heads, self.length = axis, q.shape[-2], q.shape[1 + axis]
         self.lines = math.prod(q.shape[:-1]) // self.length
         widths = q.shape[-1], v.shape[-1]
-        padded = [max(16, _power_of_two(n)) for n in widths]
+        columns = [padded(n) for n in widths]
         self.tiles = -(-self.length // side)
         self.grid = (self.lines * self.tiles,)
         self.tables = tuple(None if t is None else t.to(q.dtype).contiguous() for t in tables)
@@ -194,9 +196,9 @@ class _Launch:
             "HAS_GAIN": gain is not None,
             "SEPARATE": separate,
             "B": side,
-            "W": padded[0],
-            "X": padded[1],
-            "num_warps": 8 if max(padded) > 64 else 4,
+            "W": columns[0],
+            "X": columns[1],
+            "num_warps": 8 if max(columns) > 64 else 4,
             "num_stages": 1,
         }
 
@@ -244,7 +246,3 @@ class _Launch:
         rows[0] += by_offset[:before].sum(0)
         rows[-1] += by_offset[len(by_offset) - after :].sum(0)
         return rows.to(table.dtype)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medattn_kernels._launch import at, padded
 from medattn_kernels.block.tiling import Tiles, Tiling, cut, table_row
 
-Pointer = tuple[Tensor, tuple[int, ...]]
 Triple = tuple[int, ...]
 
 LONGEST_WINDOW = 128  # along an axis: its position terms stay in registers
@@ -72,7 +72,7 @@ def run_forward(
     if q.numel():
         launch = _Launch(q, v, (rel0, rel1, rel2), bias, block, halo, stride, scale, masked)
         grid = (launch.items * launch.heads * launch.tiles,)
-        launch.run(kernel.forward, grid, *launch.inputs(q, k, v), _at(out), _at(norm))
+        launch.run(kernel.forward, grid, *launch.inputs(q, k, v), at(out), at(norm))
     return out, norm
 
 
@@ -104,18 +104,18 @@ def run_backward(
     launch = _Launch(q, v, rel, bias, block, halo, stride, scale, masked)
     if math.prod(stride) > 1:
         dq.zero_()  # between the queries
-    inputs, outputs = launch.inputs(q, k, v), (_at(out), _at(dout))
-    statistics = _at(norm), _at(torch.empty_like(norm[..., :1]))
+    inputs, outputs = launch.inputs(q, k, v), (at(out), at(dout))
+    statistics = at(norm), at(torch.empty_like(norm[..., :1]))
     sums, terms = launch.table_sums(), launch.terms()
+    shared = None if terms is None else at(terms)
+    parts, box, places = launch.boxes()
     grid: tuple[int, ...]
     for turn in launch.turns(terms):
         tiles = launch.items * turn["heads"] * launch.tiles
         programs = tiles if sums is None else min(tiles, len(sums))
-        shared = None if terms is None else _at(terms)
-        arguments = (*inputs, *outputs, *statistics, shared, _at(dq), sums, tiles)
+        arguments = (*inputs, *outputs, *statistics, shared, at(dq), sums, tiles)
         launch.run(kernel.backward_queries, (programs,), *arguments, **turn)
-        parts, box, places = launch.boxes()
-        arguments = (*inputs, _at(dout), *statistics, shared, _at(dk), _at(dv), parts, box)
+        arguments = (*inputs, at(dout), *statistics, shared, at(dk), at(dv), parts, box)
         grid = (launch.items * math.prod(parts) * turn["heads"],)
         launch.run(kernel.backward_keys, grid, *arguments, **turn, P=places)
     if sums is not None:
@@ -125,7 +125,7 @@ def run_backward(
     if bias is not None:
         logits = launch.logit_sums()
         grid = (len(logits), launch.heads * launch.tiles * launch.key_tiles)
-        launch.run(kernel.backward_bias, grid, *inputs, _at(dout), *statistics, logits, launch.items)
+        launch.run(kernel.backward_bias, grid, *inputs, at(dout), *statistics, logits, launch.items)
         dbias = launch.by_rows(logits.sum(0, dtype=torch.float64), bias)
     drel0, drel1, drel2 = drel
     return dq, dk, dv, drel0, drel1, drel2, dbias
@@ -191,9 +191,11 @@ class _Launch:
     ) -> None:
         pairs = zip(halo[::2], halo[1::2], strict=True)
         given = list(zip(q.shape[1:-2], block, pairs, stride, strict=True))
-        own = _padded(cut(*axis, masked) for axis in given)
+        own = _three_axes(cut(*axis, masked) for axis in given)
         joined = _joined(own)[-len(given) :]
-        self.cut = _padded(cut(n, b * j, h, t, masked) for (n, b, h, t), j in zip(given, joined, strict=True))
+        self.cut = _three_axes(
+            cut(n, b * j, h, t, masked) for (n, b, h, t), j in zip(given, joined, strict=True)
+        )
         self.q, self.axes, self.heads = q, len(given), q.shape[-2]
         self.widths = q.shape[-1], v.shape[-1]
         self.items = len(q) * math.prod(t.blocks for t in self.cut)
@@ -204,16 +206,16 @@ class _Launch:
         for axis in range(self.axes):
             if self.bias is not None:
                 self.bias = self._by_offset(self.bias, 1 + axis, 3 - self.axes + axis)
-        widths = [_padded_length(n) for n in self.widths]
-        rows = _padded_length(max(t.offsets for t in self.cut))
+        widths = [padded(n) for n in self.widths]
+        rows = padded(max(t.offsets for t in self.cut))
         most = min(QUERIES if max(widths) <= 64 else QUERIES // 2, max(16, 4096 // rows))
         self.options = {
             "MASKED": masked,
-            "Q": min(most, _padded_length(self.queries)),
+            "Q": min(most, padded(self.queries)),
             "K": KEYS if max(widths) <= 32 and bias is None else KEYS // 2,
             "W": widths[0],
             "X": widths[1],
-            "P": _padded_length(max(t.window for t in self.cut)),
+            "P": padded(max(t.window for t in self.cut)),
             "R": rows,
             "num_warps": 4 if max(widths) <= 64 else 8,
             "num_stages": 1,
@@ -238,7 +240,7 @@ class _Launch:
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         """What every kernel takes first."""
-        return _at(q), _at(k), _at(v), self.rel, self.bias
+        return at(q), at(k), at(v), self.rel, self.bias
 
     def boxes(self) -> tuple[Triple, Triple, int]:
         """How many boxes of at most K keys an axis of a block is cut into, their sides, and P for them."""
@@ -248,7 +250,7 @@ class _Launch:
             longest = box.index(max(box))
             parts[longest] += 1
             box[longest] = -(-steps[longest] // parts[longest])
-        return tuple(parts), tuple(box), _padded_length(sum(box[-self.axes :]))
+        return tuple(parts), tuple(box), padded(sum(box[-self.axes :]))
 
     def terms(self) -> Tensor | None:
         """Room for the position terms of as many heads as the budget allows, [B, *out, heads, places]."""
@@ -302,7 +304,7 @@ class _Launch:
         return table.to(self.q.dtype).index_select(dim, rows).contiguous()
 
 
-def _padded(tiles: Iterable[Tiling]) -> Tiles:
+def _three_axes(tiles: Iterable[Tiling]) -> Tiles:
     """Three axes, the absent ones first."""
     tiles = tuple(tiles)
     return (ABSENT,) * (3 - len(tiles)) + tiles
@@ -329,18 +331,7 @@ def _inverse(shape: Sequence[int]) -> tuple[int, int]:
     return -(-(2**31) // (shape[1] * shape[2])), -(-(2**31) // shape[2])
 
 
-def _at(x: Tensor) -> Pointer:
-    """A tensor and its strides: batch, three spatial axes, head, channel."""
-    first, *spatial, head, channel = x.stride()
-    return x, (first, *[0] * (3 - len(spatial)), *spatial, head, channel)
-
-
 def _hot(offset: Tensor, rows: int) -> Tensor:
     """One where an offset belongs to a table row, float64 [offsets, rows]."""
     row = table_row(offset, rows)
     return (row[:, None] == torch.arange(rows, device=row.device)).double()
-
-
-def _padded_length(n: int) -> int:
-    """The next power of two that a matrix product takes."""
-    return max(16, 1 << (n - 1).bit_length())

@@ -12,17 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medattn_kernels._device import dot
+from medattn_kernels._device import add, dot, exp, load, store, unravel, volume, within
 from medattn_kernels.block.tiles import (
-    add,
     bias_of,
     by_offset,
     column_of_box,
-    exp,
     hide,
     hot,
     hot_of_box,
-    load,
     load_norm,
     load_number,
     load_terms,
@@ -33,14 +30,10 @@ from medattn_kernels.block.tiles import (
     quick_unravel,
     row_of_first,
     rows_of,
-    store,
     store_norm,
     store_number,
     store_terms,
-    unravel,
-    volume,
     window_start,
-    within,
 )
 
 

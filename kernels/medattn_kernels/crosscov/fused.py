@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medattn_kernels._launch import padded
 from medattn_kernels.crosscov.operator import EPS, empty_gradients, empty_results, register
 
 Strides = tuple[int | None, ...]
@@ -80,7 +81,7 @@ class _Launch:
         self.count = math.prod(q.shape[1:-2])
         groups = -(-self.heads // max(1, CHANNELS // self.width))
         together = -(-self.heads // groups)
-        columns = _padded_length(together * self.width)
+        columns = padded(together * self.width)
         self.parts = max(1, min(PARTS, self.count // max(TILE, SHARE * self.width)))
         self.programs = len(q) * self.parts * groups
         wide = columns > CHANNELS
@@ -139,8 +140,3 @@ def _columns(x: Tensor) -> tuple[int | None, int]:
     """Strides of heads and channels; None for heads that lie side by side."""
     head, channel = x.stride()[-2:]
     return (None if head == x.shape[-1] * channel else head), channel
-
-
-def _padded_length(n: int) -> int:
-    """The next power of two that a matrix product takes."""
-    return max(16, 1 << (n - 1).bit_length())

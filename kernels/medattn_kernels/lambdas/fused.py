@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medattn_kernels._launch import at, padded
 from medattn_kernels.lambdas.eager import cropped
-
-Pointer = tuple[Tensor, tuple[int, ...]]
 
 WIDEST_KEY = 64
 LAMBDAS = 2**13  # numbers of one program's lambdas, in registers
@@ -45,7 +44,7 @@ def run_forward(
         launch = _Launch(q, k, v, table)
         highest, total, content = launch.content(kernel, k, v)
         summed = content.sum(1, dtype=torch.float64).float()
-        inputs = launch.at(q), launch.at(v), launch.table, summed, launch.at(out)
+        inputs = at(q), at(v), launch.table, summed, at(out)
         launch.run(kernel.forward, launch.tiles, *inputs, *launch.numbers, **launch.position_tiles)
     return out, content, highest, total
 
@@ -68,13 +67,13 @@ def run_backward(
         return dq, dk, dv, dtable.zero_()
     launch = _Launch(q, k, v, table)
     summed = content.sum(1, dtype=torch.float64).float()
-    inputs = launch.at(dout), launch.at(v), launch.table, summed, launch.at(dq)
+    inputs = at(dout), at(v), launch.table, summed, at(dq)
     launch.run(kernel.backward_queries, launch.tiles, *inputs, *launch.numbers, **launch.position_tiles)
     gradient = launch.content_gradient(kernel, q, dout)
     inner = (content * gradient[:, None]).sum(-1)
     statistics = gradient, inner, highest, total
-    tensors = [launch.at(x) for x in (q, k, v, dout)]
-    results = launch.at(dk), launch.at(dv)
+    tensors = [at(x) for x in (q, k, v, dout)]
+    results = at(dk), at(dv)
     boxes, options = launch.boxes()
     grid = (math.prod(boxes), len(q) * k.shape[-2])
     arguments = (*tensors, launch.table, *statistics, *results, launch.size, boxes, *launch.numbers[1:])
@@ -142,7 +141,7 @@ class _Launch:
             near = cropped(table, q).to(q.dtype).contiguous()
             self.rows = self._triple(near.shape[: self.axes])
             self.table = near, self.rows
-        self.W, self.X = (_padded(n) for n in self.widths)
+        self.W, self.X = (padded(n) for n in self.widths)
         self.numbers = self.size, self.heads, self.depths, *self.widths
         self.large = self.W * self.X > LARGE
         aligned = all(n % 16 == 0 for n in self.widths)  # else numbers are loaded one by one
@@ -157,18 +156,13 @@ class _Launch:
         with torch.cuda.device_of(self.q):  # type: ignore[no-untyped-call]
             kernel[grid](*arguments, **widths, **options, num_stages=1)
 
-    def at(self, x: Tensor) -> Pointer:
-        """A tensor and its strides: batch, three spatial axes, head or depth, channel."""
-        first, *spatial, head, channel = x.stride()
-        return x, (first, *[0] * (3 - self.axes), *spatial, head, channel)
-
     def content(self, kernel: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Largest keys, sums of exponentials [B, U, K] and the first lambda by depth [B, U, K, V]."""
         parts = self._parts(self.batch * self.depths, -(-self.positions // POSITIONS))
         room = self.batch, self.depths, parts, *self.widths
         tops, sums = (k.new_empty(room[:-1], dtype=torch.float32) for _ in range(2))
         lambdas = v.new_empty(room, dtype=torch.float32)
-        arguments = self.at(k), self.at(v), tops, sums, lambdas, self.size, self.depths, *self.widths
+        arguments = at(k), at(v), tops, sums, lambdas, self.size, self.depths, *self.widths
         self.run(kernel.forward_content, (self.batch * self.depths, parts), *arguments, P=POSITIONS)
         highest = tops.amax(2)
         fade = (tops - highest[:, :, None]).double().exp()
@@ -180,7 +174,7 @@ class _Launch:
         """Gradient of the first lambda, float32 [B, K, V]."""
         parts = self._parts(self.batch, -(-self.positions // POSITIONS))
         sums = q.new_empty(self.batch, parts, *self.widths, dtype=torch.float32)
-        arguments = self.at(q), self.at(dout), sums, self.size, self.heads, *self.widths
+        arguments = at(q), at(dout), sums, self.size, self.heads, *self.widths
         self.run(kernel.backward_content, (self.batch, parts), *arguments, P=POSITIONS)
         return sums.sum(1, dtype=torch.float64).float()
 
@@ -191,7 +185,7 @@ class _Launch:
         parts = self._parts(tiles * self.depths, self.batch * -(-self.positions // places))
         near = self.rows[3 - self.axes :]
         sums = q.new_empty(parts, *near, self.depths, self.widths[0], dtype=torch.float32)
-        tensors = self.at(q), self.at(v), self.at(dout), sums, self.rows, self.size, self.batch
+        tensors = at(q), at(v), at(dout), sums, self.rows, self.size, self.batch
         arguments = (*tensors, self.heads, self.depths, *self.widths)
         grid = (tiles, self.depths, parts)
         self.run(kernel.backward_table, grid, *arguments, P=places, T=self.offsets_of_table)
@@ -216,8 +210,3 @@ class _Launch:
 
     def _triple(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
         return (*[1] * (3 - self.axes), *numbers)
-
-
-def _padded(n: int) -> int:
-    """The next power of two that a matrix product takes."""
-    return max(16, 1 << (n - 1).bit_length())

@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medattn_kernels._device import dot
-from medattn_kernels.block.tiles import add, exp, load, store, unravel, volume, within
+from medattn_kernels._device import add, dot, exp, load, store, unravel, volume, within
 from medattn_kernels.lambdas.tiles import (
     between,
     load_around,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medattn_kernels.block.tiles import add, load, unravel, volume, within
+from medattn_kernels._device import add, load, unravel, volume, within
 
 
 @triton.jit
