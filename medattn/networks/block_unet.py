@@ -79,7 +79,7 @@ class BlockUNet2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in [name for name in state_dict if name.startswith(prefix)]:
-            ours = _published_name(name.removeprefix(prefix), len(self.attention))
+            ours = our_name(name.removeprefix(prefix), len(self.attention))
             value = state_dict.pop(name)
             if ours:
                 state_dict[prefix + ours] = value
@@ -93,7 +93,7 @@ def _double_conv(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def _published_name(name: str, layers: int) -> str:
+def our_name(name: str, layers: int) -> str:
     """Our name for one of the authors', empty for what is not kept; any other name as it is.
 
     Theirs: inc.conv.conv.N, downN.mpconv.1.conv.N, upN.conv.conv.N, outc.conv, Block_SAN.inter_block_SA.

@@ -145,6 +145,40 @@ def networks(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list for programs")
 
 
+def convert(parser: ArgumentParser) -> None:
+    """SOURCE CHECKPOINT OUT [option=value ...] --organs --spacing-mm --window-hu --labels"""
+    parser.add_argument("source", choices=("cerr-block-unet",), metavar="SOURCE", help="see below")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="model folder to write; new or empty")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="option=value",
+        help="what the weights do not tell, such as placement=last; the value is YAML",
+    )
+    # None where absent: a source takes those that it has, and names any other as unknown
+    parser.add_argument(
+        "--organs",
+        nargs="+",
+        metavar="NAME",
+        help="of the output channels after the background, in order; `background` for one not to report",
+    )
+    parser.add_argument(
+        "--spacing-mm",
+        nargs=3,
+        type=float,
+        metavar=("L", "P", "S"),
+        help="voxel spacing to resample scans to: left-right, front-back, head-foot",
+    )
+    parser.add_argument(
+        "--window-hu", nargs=2, type=float, metavar=("LOW", "HIGH"), help="CT numbers that are told apart"
+    )
+    parser.add_argument("--labels", metavar="SET", help="label set of the organs, as for `medattn import`")
+
+
 def _label_set(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--labels",

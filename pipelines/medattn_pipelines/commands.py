@@ -183,6 +183,18 @@ def _parameters(name: str, spatial_dims: int) -> int | None:
     return sum(weight.numel() for weight in network.parameters())
 
 
+def convert(args: Namespace) -> int:
+    """Write a model folder from published weights and say what it holds."""
+    from medattn_pipelines.convert import convert as convert_weights
+
+    flags = ("organs", "spacing_mm", "window_hu", "labels")
+    options = {name: value for name in flags if (value := getattr(args, name)) is not None}
+    rows = convert_weights(args.source, args.checkpoint, args.out, options, args.overrides)
+    for heading, text in rows.items():
+        print(f"{heading + ':':<9} {text}")
+    return 0
+
+
 def _train_notes() -> str:
     from medattn_pipelines.configfile import explain
 
@@ -197,6 +209,24 @@ kinds:
   nifti    a folder per patient: image.nii.gz with label.nii.gz, or with one mask file per organ
   nnunet   nnU-Net's raw layout: dataset.json, imagesTr/, labelsTr/
   openkbp  the public OpenKBP layout: a folder per patient with ct.csv, voxel_dimensions.csv, <organ>.csv"""
+
+CONVERT_SOURCES = """\
+Nothing in a checkpoint is run: a file that needs code to be read is refused.
+
+sources:
+  cerr-block-unet  head-and-neck CT model of Jiang et al. 2019: a state dict of cerr/CT_HeadAndNeck_OARs
+
+options of cerr-block-unet, which its weights do not tell, with the values of the released code:
+  placement=penultimate      where attention stands: penultimate, last or none
+  --organs                   known for the released weights with 12 outputs alone, whose channels 1 to 11 are
+                             Parotid_L Parotid_R Glnd_Submand_L Glnd_Submand_R background background
+                             Bone_Mandible SpinalCord Brainstem Cavity_Oral background
+  --spacing-mm 1 1 2.5       in plane; it keeps the slice spacing of a scan, so give that of yours
+  --window-hu -85 265
+  --labels hn_oar            packaged label set or the path of a label-set YAML
+
+The released code crops each slice to 256 x 256 around the body. The model runs overlapping tiles of that
+size instead, so segmentations of wide scans differ from it."""
 
 CHECK_CODES = """\
 exit code: 0 without errors (warnings and notes may remain), 1 with errors, 2 if the folder cannot be read"""
@@ -267,5 +297,17 @@ COMMANDS = {
         ("medattn networks", "medattn networks --json"),
         arguments.networks,
         networks,
+    ),
+    "convert": Command(
+        "Make a model for `predict` from weights that others published.",
+        (
+            "medattn convert cerr-block-unet latest_net_Seg_A.pth models/block_unet",
+            "medattn convert cerr-block-unet six.pth models/six placement=last --organs Parotid_L Parotid_R "
+            "Glnd_Submand_L Glnd_Submand_R Bone_Mandible Brainstem",
+            "medattn predict models/block_unet scan.nii.gz --output out",
+        ),
+        arguments.convert,
+        convert,
+        lambda: CONVERT_SOURCES,
     ),
 }

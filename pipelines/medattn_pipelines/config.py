@@ -34,6 +34,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=10)]
 FactorRange = Annotated[tuple[Factor, Factor], AfterValidator(_ordered)]
 Spacing = Annotated[float, Field(gt=0, le=50)]
+Window = Annotated[tuple[float, float], AfterValidator(_window)]
 Edge = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -79,7 +80,7 @@ class Data(Section):
     patch_size: tuple[Edge, Edge, Edge] | None = Field(
         default=None, description="Training patch in voxels, same axes as spacing_mm; null = planned"
     )
-    window_hu: Annotated[tuple[float, float], AfterValidator(_window)] | None = Field(
+    window_hu: Window | None = Field(
         default=None, description="CT numbers that are told apart, in HU: [low, high]; null = planned"
     )
     validation: float = Field(

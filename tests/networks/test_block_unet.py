@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -26,38 +27,6 @@ def test_parameters_are_the_published_ones_to_the_integer(outputs: int, plain: i
     assert _count(out_channels=outputs, placement="none") == plain
     assert _count(out_channels=outputs) == plain + 2 * 12_481
     assert _count(out_channels=outputs, layers=3) == as_coded
-
-
-def _authors_state() -> dict[str, Tensor]:
-    """A state dict with the authors' names and shapes, three attentions, random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    state: dict[str, Tensor] = {}
-
-    def conv(name: str, inputs: int, outputs: int, side: int) -> None:
-        std = (inputs * side**2) ** -0.5
-        state[f"{name}.weight"] = torch.randn(outputs, inputs, side, side, generator=generator) * std
-        state[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.1
-
-    def double(name: str, inputs: int, outputs: int) -> None:
-        for index, width in ((0, inputs), (3, outputs)):
-            conv(f"{name}.conv.{index}", width, outputs, 3)
-            norm = f"{name}.conv.{index + 1}"
-            state[f"{norm}.weight"] = torch.rand(outputs, generator=generator) + 0.5
-            state[f"{norm}.bias"] = torch.randn(outputs, generator=generator) * 0.1
-            state[f"{norm}.running_mean"] = torch.randn(outputs, generator=generator) * 0.1
-            state[f"{norm}.running_var"] = torch.rand(outputs, generator=generator) + 0.5
-            state[f"{norm}.num_batches_tracked"] = torch.tensor(1)
-
-    double("inc.conv", 1, 64)
-    for n, (a, b) in enumerate([(64, 128), (128, 256), (256, 512), (512, 512)], start=1):
-        double(f"down{n}.mpconv.1", a, b)
-    for n, (a, b) in enumerate([(1024, 256), (512, 128), (256, 64), (128, 64)], start=1):
-        double(f"up{n}.conv", a, b)
-    conv("outc.conv", 64, 7, 1)
-    for n, part in product((1, 2, 3), ("query", "key", "value")):
-        conv(f"Block_SA{n}.inter_block_SA.{part}_conv", 64, 64, 1)
-        state[f"Block_SA{n}.inter_block_SA.gamma"] = torch.zeros(1)
-    return state
 
 
 def _scan(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
@@ -103,13 +72,15 @@ def _published(x: Tensor, state: dict[str, Tensor], last: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("placement", ["penultimate", "last"])
-def test_the_authors_state_dicts_load_and_give_their_output(placement: str) -> None:
+def test_the_authors_state_dicts_load_and_give_their_output(
+    placement: str, block_unet_state: Callable[[], dict[str, Tensor]]
+) -> None:
     """At 96 x 96, where windows overlap and are clipped at the border in both placements."""
     network = create("block_unet_2d", placement=placement).eval()
-    network.load_state_dict(_authors_state())
+    network.load_state_dict(block_unet_state())
     x = torch.randn(1, 1, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = _published(x, _authors_state(), last=placement == "last")
+        expected = _published(x, block_unet_state(), last=placement == "last")
         assert (network(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 

@@ -237,8 +237,8 @@ def test_an_interrupted_import_leaves_nothing_and_the_next_one_works(tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         run("nifti", source, tmp_path / "out", on_case=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
-    (tmp_path / ".importing-out").mkdir()  # what a killed process leaves
-    (tmp_path / ".importing-out" / "half").touch()
+    (tmp_path / ".writing-out").mkdir()  # what a killed process leaves
+    (tmp_path / ".writing-out" / "half").touch()
     run("nifti", source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     assert not (tmp_path / "out" / "half").exists()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medattn.atomic import atomic_folder, require_new_folder
 from medattn.data.cases import Case, CaseFolder, assign_splits, write_cases
 from medattn.errors import InputError
 from medattn.io import Volume, write_volume
@@ -79,9 +78,10 @@ def import_cases(
     Raises InputError with every problem of the source; then nothing is left in `out`.
     """
     source, out = Path(source), Path(out)
-    _require_paths(kind, source, out)
+    _require_source(kind, source)
+    require_new_folder(out)  # before anything is read
     inventory = KINDS[kind](source, Options(label_set, contoured, drop_unknown))
-    with _whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         cases, left_out, kept = _write_scans(inventory, out, folder, on_case)
         written = assign_splits(cases, validation=validation, seed=seed)
         extra = {name: scan.extra for name, scan in kept.items()}
@@ -94,30 +94,11 @@ def import_cases(
     )
 
 
-def _require_paths(kind: str, source: Path, out: Path) -> None:
+def _require_source(kind: str, source: Path) -> None:
     if kind not in KINDS:
         raise InputError(f"{kind}: unknown kind of source, expected one of {', '.join(KINDS)}")
     if not source.is_dir():
         raise InputError(f"{source}: no such folder, expected the folder to import")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder; give another one or remove it")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes if not.
-
-    Its name is fixed, so that a killed import leaves at most one, which the next attempt replaces.
-    """
-    temporary = out.with_name(f".importing-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)
