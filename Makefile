@@ -40,6 +40,8 @@ $(VENV)/.ready: $(TORCH_STAMP) $(PINNED)
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "== $(VENV): test tools"
 	@$(PIP) --constraint constraints.txt --editable ".[test]"
+	@# peers of the image networks; their dependencies would replace torch
+	@$(PIP) --constraint constraints.txt --no-deps timm torchvision
 	@touch $@
 
 DEMO_DATA := data/hn_ct

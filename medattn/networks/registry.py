@@ -17,6 +17,7 @@ Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
 _BUILDERS: dict[str, Builder] = {}
+_CLASSIFIERS: set[str] = set()
 
 
 def register(build: BuilderT) -> BuilderT:
@@ -28,17 +29,31 @@ def register(build: BuilderT) -> BuilderT:
     return build
 
 
-def names(pattern: str = "*") -> list[str]:
-    """All network names that match a shell pattern, sorted."""
+def register_classifier(build: BuilderT) -> BuilderT:
+    """The same for a network that classifies images."""
+    _CLASSIFIERS.add(register(build).__name__)
+    return build
+
+
+def names(pattern: str = "*", *, task: str | None = None) -> list[str]:
+    """All network names that match a shell pattern, of one task if it is given, sorted."""
     _load_families()
-    return sorted(name for name in _BUILDERS if fnmatch(name, pattern))
+    return sorted(name for name in _BUILDERS if fnmatch(name, pattern) and task in (None, task_of(name)))
+
+
+def task_of(name: str) -> str:
+    """What a network is made for: "segmentation" or "classification"."""
+    builder(name)
+    return "classification" if name in _CLASSIFIERS else "segmentation"
 
 
 def create(name: str, **options: Any) -> nn.Module:
     """Build a network.
 
     Segmentation networks take spatial_dims (2 or 3), in_channels and out_channels, and map
-    [B, in_channels, *size] to [B, out_channels, *size]. `medattn networks` lists all names.
+    [B, in_channels, *size] to [B, out_channels, *size]. Image networks take num_classes (1000 by default)
+    and image_size where they depend on it, and map [B, 3, h, w] to [B, num_classes]. `medattn networks`
+    lists all names.
 
     Raises InputError for an unknown name or an option that the network does not have.
     """

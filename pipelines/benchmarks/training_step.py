@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from statistics import median
 
 import torch
 from monai.networks.nets import UNet as MonaiUNet
-from torch import nn
+from torch import Tensor, nn
 
-from medattn.losses import dice_cross_entropy
+from medattn.losses import segmentation_loss
 from medattn.networks import create
 from medattn_pipelines.progress import print_table
 from medattn_pipelines.runs import choose_device, choose_precision
 
 ORGANS = 7
+WARMUP = 2  # the first steps allocate
 NAMES = ("unet", "unet_block", "unet_block2", "unet_halo", "unet_axial", "unet_lambda", "unet_crosscov")
 
 
@@ -42,6 +44,33 @@ def networks(full_resolution: bool) -> dict[str, nn.Module]:
     return {**ours, "monai UNet 16-256": peer}
 
 
+def step_seconds(
+    networks: Mapping[str, nn.Module], image: Tensor, organs: int, *, low: bool, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each training step of each network, in training mode on the device of the image.
+
+    image: [B, 1, *size]; the labels are drawn at random. low: bfloat16 autocast. Steps are interleaved.
+    """
+    device = image.device
+    label = torch.randint(0, 1 + organs, (len(image), *image.shape[2:]), device=device)
+    drawn = torch.ones(len(image), organs, dtype=torch.bool, device=device)
+    optimizers = {name: torch.optim.AdamW(network.parameters()) for name, network in networks.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for repeat in range(repeats + WARMUP):
+        for name, network in networks.items():
+            begun = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                outputs = network(image)
+            segmentation_loss(outputs, label, drawn).backward()  # type: ignore[no-untyped-call]
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= WARMUP:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
 def main() -> None:
     """Time the networks and print the table."""
     parser = argparse.ArgumentParser(
@@ -59,28 +88,8 @@ def main() -> None:
     low = choose_precision(args.precision, device) == torch.bfloat16
     torch.manual_seed(0)
     image = torch.randn(args.batch, 1, *args.patch, device=device)
-    label = torch.randint(0, 1 + ORGANS, (args.batch, *args.patch), device=device)
-    drawn = torch.ones(args.batch, ORGANS, dtype=torch.bool, device=device)
     made = {name: network.to(device).train() for name, network in networks(args.full_resolution).items()}
-    optimizers = {name: torch.optim.AdamW(network.parameters()) for name, network in made.items()}
-
-    def step(name: str) -> float:
-        begun = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            logits = made[name](image)
-        dice_cross_entropy(logits, label, drawn).backward()  # type: ignore[no-untyped-call]
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for repeat in range(args.repeats + 2):
-        for name in made:
-            spent = step(name)
-            if repeat >= 2:  # the first steps allocate
-                seconds[name].append(spent)
+    seconds = step_seconds(made, image, ORGANS, low=low, repeats=args.repeats)
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in made.items()}
     base = median(seconds["unet"])
     rows = [

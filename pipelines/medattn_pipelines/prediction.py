@@ -80,7 +80,7 @@ def segment_all(
                 }
             )
             on_case(name)
-    content = {
+    content: dict[str, Any] = {
         "medattn": __version__,
         "torch": torch.__version__,
         "device": str(segmenter.device),
@@ -88,6 +88,8 @@ def segment_all(
         "network": card.network,
         "cases": manifest,
     }
+    if segmenter.device.type == "cuda":
+        content["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(segmenter.device)
     write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
     if problems:
         raise InputError(*problems)
