@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from shapes import Entry
 from torch import Tensor
 
 SAMPLE = 2**20  # entries of a tensor that are compared
@@ -22,6 +23,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of an error by norm
 FLUSH_BYTES = 256 * 2**20  # several times any GPU's cache
 BUDGET_S = {"cuda": 0.5, "cpu": 6.0}  # per implementation and measurement
 FEWEST = 3
+COPIED_AT_ONCE = 2**30  # bytes: far beyond any cache, and small beside what the largest problems hold
 
 Step = Callable[[], object]
 
@@ -144,11 +146,25 @@ def cuda_memory(problem: Problem) -> Memory:
     return problem.memory(results, torch.cuda.max_memory_allocated() - before)
 
 
-def cpu_memory(entry: str, candidate: str) -> Memory:
+def copy_of(moved: int, device: str) -> Step:
+    """A plain copy that reads and writes so many bytes in all: what the memory allows in the same run."""
+    whole, rest = divmod(moved // 2, COPIED_AT_ONCE)
+    piece = COPIED_AT_ONCE if whole else rest
+    source, target = (torch.zeros(piece, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def step() -> None:
+        for _ in range(whole):
+            target.copy_(source)
+        target[:rest].copy_(source[:rest])
+
+    return step
+
+
+def cpu_memory(entry: Entry, candidate: str) -> Memory:
     """From the resident memory of a process of its own, see `peak.py`. Raises RuntimeError."""
     # memory that is freed goes back at once, so that resident memory follows what tensors hold
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).with_name("peak.py")), entry, candidate]
+    command = [sys.executable, str(Path(__file__).with_name("peak.py")), json.dumps(asdict(entry)), candidate]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rsplit("\n", 1)[-1])

@@ -2,9 +2,9 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 python kernels/benchmarks/peak.py ENTRY CANDIDATE
 
-Prints the bytes as JSON. `run.py` calls it once per implementation: the kernel's high-water mark of resident
-memory is reset when inputs and the output's gradient exist and all code has run once on a small problem.
-Linux only.
+ENTRY: its fields as JSON. Prints the bytes as JSON. Called once per implementation: the kernel's high-water
+mark of resident memory is reset when inputs and the output's gradient exist and all code has run once, on a
+small problem, or on the same where code is compiled for its shapes. Linux only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from measure import Memory, Problem, leaves
 from peers import Candidate, candidates
-from shapes import Entry, find
+from shapes import Entry, from_plain
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,13 +26,13 @@ def problem(entry: Entry, name: str) -> Problem:
     candidate = candidates(entry)[name]
     assert isinstance(candidate, Candidate)
     inputs = leaves(entry.tensors(), candidate.without)
-    return Problem(candidate.run, inputs, torch.randn(inputs["v"].shape, dtype=entry.dtype))
+    return Problem(candidate.run, inputs, entry.gradient())
 
 
 def measured(entry: Entry, name: str) -> Memory:
-    """Of the candidate on the entry, after a small problem has loaded its code."""
-    problem(entry.small(), name).both()
+    """Of the candidate on the entry, after its code has run once."""
     real = problem(entry, name)
+    (real if name == "compiled" else problem(entry.small(), name)).both()
     RESET.write_text("5")  # the high-water mark becomes what is resident now
     before = _status("VmRSS")
     results = real.both()
@@ -47,4 +46,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measured(find(sys.argv[1]), sys.argv[2]))))
+    print(json.dumps(asdict(measured(from_plain(json.loads(sys.argv[1])), sys.argv[2]))))

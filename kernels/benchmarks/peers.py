@@ -8,15 +8,25 @@ from typing import Any, cast
 
 import peers_axial
 import peers_block
+import peers_crosscov
+import peers_lambda
 import torch
 from shapes import Entry
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from medattn_kernels import axial, block
+from medattn_kernels import axial, block, crosscov, lambdas
 from medattn_kernels._select import Impl
 
 OURS = ("naive", "eager", "triton")
+PACKAGES = {"axial": axial, "block": block, "lambda": lambdas, "crosscov": crosscov}
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "axial": axial.axial_attention,
+    "block": block.block_attention,
+    "lambda": lambdas.lambda_attention,
+    "crosscov": crosscov.cross_covariance_attention,
+}
+PEERS = {"axial": peers_axial, "block": peers_block, "lambda": peers_lambda, "crosscov": peers_crosscov}
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,14 @@ def candidates(entry: Entry) -> dict[str, Candidate | str]:
     found["dense"] = Candidate(bound(entry, "dense"))
     if "compiled" in entry.also:
         found["compiled"] = Candidate(torch.compile(bound(entry, "dense"), dynamic=False))
+    if entry.operator in ("axial", "block"):
+        found |= _fused(entry)
+    return found
+
+
+def _fused(entry: Entry) -> dict[str, Candidate | str]:
+    """Softmax attention of PyTorch and of other packages, which have no room for a value table."""
+    found: dict[str, Candidate | str] = {}
     rel_v = ("rel_v",) if "rel_v" in entry.terms else ()
     found["sdpa"] = Candidate(bound(entry, "sdpa"), without=rel_v)
     if "flex" in entry.also:
@@ -64,27 +82,29 @@ def candidates(entry: Entry) -> dict[str, Candidate | str]:
 def ours(entry: Entry, impl: str) -> Callable[..., Tensor]:
     """This package's operator with the entry's options; block attention's tables come one by one."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, **tables: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> Tensor:
         options: dict[str, Any] = entry.options | {"impl": cast(Impl, impl)}
-        if entry.operator == "axial":
-            out = axial.axial_attention(q, k, v, **tables, **options)
-            assert isinstance(out, Tensor)
-            return out
-        return block.block_attention(q, k, v, rel=list(tables.values()) or None, **options)
+        if entry.operator == "block":
+            options["rel"] = list(others.values()) or None
+        else:
+            options |= others
+        out = OPERATORS[entry.operator](q, k, v, **options)
+        assert isinstance(out, Tensor)
+        return out
 
     return run
 
 
 def _implementations(entry: Entry) -> list[str]:
     """Of this package, those that the operator has and that make sense on the entry's device."""
-    has = (axial if entry.operator == "axial" else block).IMPLEMENTATIONS
+    has = PACKAGES[entry.operator].IMPLEMENTATIONS
     fits = {"naive": "naive" in entry.also, "eager": True, "triton": entry.device == "cuda"}
     return [name for name in has if fits[name]]
 
 
 def bound(entry: Entry, name: str, **options: Any) -> Callable[..., Tensor]:
     """A peer in plain torch: `dense`, `sdpa` or `flex`."""
-    peer = getattr(peers_axial if entry.operator == "axial" else peers_block, name)
+    peer = getattr(PEERS[entry.operator], name)
 
     def run(**tensors: Tensor) -> Tensor:
         out: Tensor = peer(entry, **tensors, **options)
@@ -100,7 +120,7 @@ def _installed(entry: Entry) -> dict[str, Candidate | str]:
     if len(entry.size) == 2 and entry.padding == "zero" and entry.terms and whole:
         try:
             found["timm"] = Candidate(peers_block.timm(entry))
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
             found["timm"] = f"not importable: {error}"
     if entry.device == "cuda" and entry.padding == "masked" and min(entry.size) >= entry.window:
         tables = tuple(name for name in entry.shapes() if name.startswith("rel"))

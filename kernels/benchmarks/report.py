@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from floor import floor_seconds
+from floor import floor_seconds, work
 from measure import Memory, Times
 from peers import OURS
 from shapes import Entry
@@ -20,6 +20,8 @@ LEGEND = """\
 - function: "same" computes all that the problem asks for; the others do less or something else.
 - floor: the least time by bytes, products and exponentials (kernels/README.md) over the time, forward and
   forward + backward. Only for Triton on the GPU whose rates are known.
+- copy: the time of a plain copy of the problem's least bytes, read and written, over the time, forward and
+  forward + backward: the achieved fraction of copy bandwidth. The copy is measured in the same run.
 - error: norm of the difference from `eager` in twice the precision over the norm of that, the worst of output
   and gradients."""
 
@@ -31,9 +33,13 @@ COLUMNS = (
     "peak MiB",
     "beyond MiB",
     "floor",
+    "copy",
     "error",
     "note",
 )
+
+
+TIMES = ("forward_ms", "forward_backward_ms")
 
 
 @dataclass
@@ -57,6 +63,19 @@ class Result:
 
     entry: Entry
     rows: list[Row]
+    copy: tuple[Times, Times] | None = None  # of the least bytes of the forward pass, of both
+    date: str = ""
+
+    def copy_share(self, row: Row) -> tuple[float, float] | None:
+        """The achieved fraction of copy bandwidth, of the forward pass and of both."""
+        if not (self.copy and row.forward and row.both):
+            return None
+        return self.copy[0].median / row.forward.median, self.copy[1].median / row.both.median
+
+    def copied_bytes(self) -> tuple[int, int]:
+        """The least that the forward pass, and both, must read and write."""
+        forward, backward = (work(self.entry, which).bytes for which in (False, True))
+        return forward, forward + backward
 
     def ordered(self) -> list[Row]:
         """Ours first, and of them the fastest."""
@@ -82,8 +101,14 @@ def markdown(result: Result) -> str:
     if any(row.floor_share for row in rows):
         forward, backward = result.floor_ms()
         about += f"; floor {_ms(forward)} ms forward, {_ms(backward)} ms backward"
+    if result.copy:
+        about += f"; {_copy(result.copy, result.copied_bytes())}"
+    if result.date:
+        about += f"; {result.date}"
     lines = [f"### {result.entry.name}", "", about, "", _table_row(COLUMNS), "|" + "---|" * len(COLUMNS)]
-    lines += [_table_row(_cells(row, ours if row is not ours else None)) for row in rows]
+    lines += [
+        _table_row(_cells(row, ours if row is not ours else None, result.copy_share(row))) for row in rows
+    ]
     if ours and (peer := result.best_peer()):
         lines += ["", _against(ours, peer)]
     return "\n".join(lines) + "\n"
@@ -99,15 +124,30 @@ def document(machine: dict[str, Any], results: Sequence[Result]) -> str:
 def as_json(result: Result) -> dict[str, Any]:
     """The same in plain numbers: milliseconds and bytes."""
     entry = result.entry
-    found: dict[str, Any] = {"problem": asdict(entry) | {"dtype": str(entry.dtype).removeprefix("torch.")}}
+    found: dict[str, Any] = {
+        "problem": asdict(entry) | {"dtype": str(entry.dtype).removeprefix("torch.")},
+        "date": result.date,
+    }
     if entry.device == "cuda":
         found["h200_floor_ms"] = _forward_and(result.floor_ms(), "backward")
-    return found | {"implementations": {row.name: _row_json(row) for row in result.ordered()}}
+    if result.copy:
+        for name, times, moved in zip(TIMES, result.copy, result.copied_bytes(), strict=True):
+            found |= {f"copy_{name}": asdict(times), f"copy_{name.replace('_ms', '_bytes')}": moved}
+    rows = {row.name: _row_json(row, result.copy_share(row)) for row in result.ordered()}
+    return found | {"implementations": rows}
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def from_json(entry: Entry, found: dict[str, Any]) -> Result:
+    """The way back of `as_json`."""
+    copies = [_times(found.get(f"copy_{name}")) for name in TIMES]
+    rows = [_row_from(name, row) for name, row in found["implementations"].items()]
+    copy = (copies[0], copies[1]) if copies[0] and copies[1] else None
+    return Result(entry, rows, copy, found.get("date", ""))
+
+
+def _row_json(row: Row, copy_share: tuple[float, float] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"function": row.function, "error": row.error, "notes": row.notes}
-    for name, times in (("forward_ms", row.forward), ("forward_backward_ms", row.both)):
+    for name, times in zip(TIMES, (row.forward, row.both), strict=True):
         found[name] = None if times is None else asdict(times)
     if row.memory is not None:
         beyond = row.memory.beyond
@@ -115,14 +155,31 @@ def _row_json(row: Row) -> dict[str, Any]:
         found["beyond_share"] = beyond / row.memory.tensors
     if row.floor_share is not None:
         found["floor_share"] = _forward_and(row.floor_share, "forward_backward")
+    if copy_share is not None:
+        found["copy_share"] = _forward_and(copy_share, "forward_backward")
     return found
+
+
+def _row_from(name: str, found: dict[str, Any]) -> Row:
+    forward, both = (_times(found[key]) for key in TIMES)
+    memory = Memory(found["tensor_bytes"], found["peak_bytes"]) if "peak_bytes" in found else None
+    floor = found.get("floor_share")
+    share = (floor["forward"], floor["forward_backward"]) if floor else None
+    disagrees = any(note.startswith("disagrees") for note in found["notes"])
+    return Row(
+        name, found["function"], forward, both, memory, share, found["error"], disagrees, found["notes"]
+    )
+
+
+def _times(found: dict[str, Any] | None) -> Times | None:
+    return Times(**found) if found else None
 
 
 def _forward_and(values: tuple[float, float], second: str) -> dict[str, float]:
     return {"forward": values[0], second: values[1]}
 
 
-def _cells(row: Row, ours: Row | None) -> list[str]:
+def _cells(row: Row, ours: Row | None, copy_share: tuple[float, float] | None) -> list[str]:
     """A row of the table, set against ours."""
     cells = [row.name, row.function, *[""] * 4]
     for column, times, than in (
@@ -139,10 +196,17 @@ def _cells(row: Row, ours: Row | None) -> list[str]:
         cells[5] = text + (_ratio(memory.beyond, other.beyond) if other else "")
     return [
         *cells,
-        " / ".join(f"{share:.0%}" for share in row.floor_share or ()),
+        *(" / ".join(f"{s:.0%}" for s in share or ()) for share in (row.floor_share, copy_share)),
         "" if row.error is None else f"{row.error:.0e}",
         "; ".join(row.notes),
     ]
+
+
+def _copy(times: tuple[Times, Times], moved: tuple[int, int]) -> str:
+    """What the copy took, and its bandwidth."""
+    rate = moved[1] / times[1].median / 1e6
+    both = f"{_ms(times[0].median)} ms forward, {_ms(times[1].median)} ms forward + backward"
+    return f"copy {both} at {rate:.3g} GB/s"
 
 
 def _against(ours: Row, peer: Row) -> str:

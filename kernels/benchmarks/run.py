@@ -4,9 +4,10 @@
     python kernels/benchmarks/run.py --only axial-96      only those whose name contains the text
     python kernels/benchmarks/run.py --device cpu         on the CPU of a machine with a GPU
 
-Problems are listed in `shapes.py`, peers in `peers.py`. Every implementation is first compared with the
+Problems are listed in `registry.py`, peers in `peers.py`. Every implementation is first compared with the
 operator, output and gradients: one that disagrees is not timed and the exit code is 1. Prints Markdown tables
-and writes OUT/DEVICE.json and OUT/DEVICE.md, after every problem anew.
+and writes OUT/DEVICE.json and OUT/DEVICE.md, after every problem anew; problems of these files that are not
+measured again stay.
 
 GPU: bfloat16, CUDA events, cold cache, peak of the allocator. CPU: float32, implementations in turn, peak of
 the resident memory in a process for each.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import re
 import sys
@@ -30,11 +30,13 @@ from typing import Any, TypeVar
 
 import measure
 import torch
-from floor import floor_seconds, known_for
+from floor import known_for
 from measure import BUDGET_S, TOLERANCE, Problem
 from peers import Candidate, candidates, ours
-from report import LEGEND, Result, Row, as_json, document, markdown
-from shapes import REGISTRY, Entry
+from registry import REGISTRY
+from report import LEGEND, Result, Row, markdown
+from shapes import Entry
+from store import earlier, path_for, write
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,25 +55,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("run.py: --device cuda needs a GPU that this PyTorch can use; there is none", file=sys.stderr)
         return 2
     here = [entry for entry in REGISTRY if entry.device == device]
-    entries = [entry for entry in here if args.only in entry.name]
+    wanted = args.only or [""]
+    entries = [entry for entry in here if any(text in entry.name for text in wanted)]
     if not entries:
         names = ", ".join(entry.name for entry in here)
         print(
-            f"run.py: no problem for {device} has {args.only!r} in its name; there are {names}",
+            f"run.py: no problem for {device} has {' or '.join(map(repr, wanted))} in its name; "
+            f"there are {names}",
             file=sys.stderr,
         )
         return 2
     about = machine(device)
     print(f"{LEGEND}\n", flush=True)
-    results: list[Result] = []
+    path = path_for(args.out, about["device"])
+    before, new = earlier(path, about), list[Result]()
     for number, entry in enumerate(entries, 1):
         begun = time.perf_counter()
         print(f"[{number}/{len(entries)}] {entry.name}", end=" ", file=sys.stderr, flush=True)
-        results.append(measured(entry, args.repeats or MOST_REPEATS[device]))
+        new.append(measured(entry, args.repeats or MOST_REPEATS[device], about["date"]))
         print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-        print(markdown(results[-1]), flush=True)
-        write(args.out, about, results)
-    return int(any(row.disagrees for result in results for row in result.rows))
+        print(markdown(new[-1]), flush=True)
+        write(path, about, [*before, *new])
+    return int(any(row.disagrees for result in new for row in result.rows))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,9 +84,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--only",
-        default="",
         metavar="TEXT",
-        help="problems with TEXT in their name; the files hold only these",
+        action="append",
+        help="problems with TEXT in their name; may be given several times",
     )
     made.add_argument(
         "--repeats",
@@ -97,12 +102,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measured(entry: Entry, most: int) -> Result:
+def measured(entry: Entry, most: int, date: str) -> Result:
     """Every implementation of an entry: compared, timed at most `most` times, its memory taken."""
     rows: list[Row] = []
     agreeing: list[tuple[Row, Problem]] = []
     tensors = entry.tensors()
-    dout = torch.randn_like(tensors["v"])
+    dout = entry.gradient()
     truth = cache(lambda without: _truth(entry, tensors, dout, without))
     for name, candidate in candidates(entry).items():
         if isinstance(candidate, str):
@@ -113,10 +118,11 @@ def measured(entry: Entry, most: int) -> Result:
         problem = Problem(candidate.run, measure.leaves(tensors, candidate.without), dout)
         if _agrees(row, problem, candidate, truth):
             agreeing.append((row, problem))
-    (_measure_on_cuda if entry.device == "cuda" else _measure_on_cpu)(entry, agreeing, most)
+    result = Result(entry, rows, date=date)
+    (_measure_on_cuda if entry.device == "cuda" else _measure_on_cpu)(result, agreeing, most)
     if entry.device == "cuda":
         torch.compiler.reset()  # or torch gives up compiling one function for so many shapes
-    return Result(entry, rows)
+    return result
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -129,16 +135,6 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-
-
-def write(folder: Path, about: dict[str, Any], results: Sequence[Result]) -> None:
-    """Both files, named by the device."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    entries = {result.entry.name: as_json(result) for result in results}
-    text = json.dumps({"machine": about, "legend": LEGEND, "entries": entries}, indent=1)
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(document(about, results), encoding="utf-8")
 
 
 def _truth(entry: Entry, tensors: dict[str, Tensor], dout: Tensor, without: tuple[str, ...]) -> list[Tensor]:
@@ -166,9 +162,12 @@ def _agrees(
     return not row.disagrees
 
 
-def _measure_on_cuda(entry: Entry, problems: Sequence[tuple[Row, Problem]], most: int) -> None:
+def _measure_on_cuda(result: Result, problems: Sequence[tuple[Row, Problem]], most: int) -> None:
     known = known_for(torch.cuda.get_device_name())
-    forward, backward = (1e3 * floor_seconds(entry, which) for which in (False, True))
+    forward, backward = result.floor_ms()
+    less, more = (measure.copy_of(moved, "cuda") for moved in result.copied_bytes())
+    result.copy = measure.cuda_times(less, most), measure.cuda_times(more, most)
+    del less, more  # or the largest problems lack what they hold
     for row, problem in problems:
         row.forward = _attempt(row, partial(measure.cuda_times, problem.forward, most))
         row.both = _attempt(row, partial(measure.cuda_times, problem.both, most))
@@ -177,12 +176,14 @@ def _measure_on_cuda(entry: Entry, problems: Sequence[tuple[Row, Problem]], most
             row.floor_share = (forward / row.forward.median, (forward + backward) / row.both.median)
 
 
-def _measure_on_cpu(entry: Entry, problems: Sequence[tuple[Row, Problem]], most: int) -> None:
-    forward = measure.cpu_times({row.name: problem.forward for row, problem in problems}, most)
-    both = measure.cpu_times({row.name: problem.both for row, problem in problems}, most)
+def _measure_on_cpu(result: Result, problems: Sequence[tuple[Row, Problem]], most: int) -> None:
+    less, more = (measure.copy_of(moved, "cpu") for moved in result.copied_bytes())
+    forward = measure.cpu_times({row.name: problem.forward for row, problem in problems} | {"": less}, most)
+    both = measure.cpu_times({row.name: problem.both for row, problem in problems} | {"": more}, most)
+    result.copy = forward[""], both[""]
     for row, _ in problems:
         row.forward, row.both = forward[row.name], both[row.name]
-        row.memory = _attempt(row, partial(measure.cpu_memory, entry.name, row.name))
+        row.memory = _attempt(row, partial(measure.cpu_memory, result.entry, row.name))
 
 
 def _attempt(row: Row, action: Callable[[], T]) -> T | None:

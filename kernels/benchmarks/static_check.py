@@ -27,6 +27,7 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -47,6 +48,7 @@ from medattn_kernels.crosscov import fused as fused_crosscov
 from medattn_kernels.crosscov import kernel as crosscov_kernel
 from medattn_kernels.lambdas import fused as fused_lambdas
 from medattn_kernels.lambdas import kernel as lambda_kernel
+from medattn_kernels.lambdas.pairs import kernel as pair_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -192,18 +194,22 @@ def crosscov_launches(dtype: torch.dtype, width: int) -> list[Launch]:
     return found
 
 
-def lambda_launches(dtype: torch.dtype, width: int) -> list[Launch]:
-    """Lambda attention on a 96^3 volume: 4 heads of queries, values twice as wide as keys, a table of 7^3."""
+def lambda_launches(dtype: torch.dtype, width: int, *, pairs: bool = False) -> list[Launch]:
+    """Lambda attention on a 96^3 volume: 4 heads of queries, values twice as wide as keys, a table of 7^3.
+
+    pairs: queries first, and without the kernels for the first lambda, which both orders share.
+    """
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k, v = (empty(1, 96, 96, 96, *shape) for shape in ((4, width), (1, width), (1, 2 * width)))
     table = empty(7, 7, 7, 1, width)
-    with recording(lambda_kernel) as found:
+    chosen = mock.patch.object(fused_lambdas, "queries_first_fused", return_value=pairs)
+    with chosen, recording(lambda_kernel) as found, recording(pair_kernel) as by_pair:
         out, *statistics = fused_lambdas.run_forward(q, k, v, table)
         fused_lambdas.run_backward(out, q, k, v, table, *statistics)
-    return found
+    return by_pair or found
 
 
 OPERATORS = {
@@ -214,6 +220,7 @@ OPERATORS = {
     "block single": partial(block_launches, size=(56, 56), block=1, halo=3),
     "crosscov": crosscov_launches,
     "lambda": lambda_launches,
+    "lambda pairs": partial(lambda_launches, pairs=True),
 }
 SMALLEST = [name for name in OPERATORS if name != "axial separate"]
 

@@ -22,7 +22,8 @@ import report  # noqa: E402
 import run  # noqa: E402
 from floor import floor_seconds  # noqa: E402
 from measure import Memory, Problem, Times, leaves  # noqa: E402
-from shapes import ALL_TERMS, REGISTRY, Entry, find  # noqa: E402
+from registry import REGISTRY, find  # noqa: E402
+from shapes import ALL_TERMS, Entry  # noqa: E402
 
 sys.path.remove(BENCHMARKS)
 
@@ -39,12 +40,19 @@ BLOCK = [
     for terms in (("rel",), ())
     for padding in ("masked", "zero")
 ]
+LAMBDA = [
+    Entry("", "lambda", "cpu", size, 2, 3, 4, terms=terms, scope=scope, depth=depth, batch=2)
+    for size in ((7,), (5, 6), (3, 5, 4))
+    for terms, scope, depth in ((("table",), 3, 1), (("table",), 0, 2), ((), 0, 2))
+]
+CROSSCOV = [Entry("", "crosscov", "cpu", size, 2, 3, 3, batch=2) for size in ((7,), (5, 6), (3, 5, 4))]
+TERMS = {"axial": ALL_TERMS, "block": ("rel",), "lambda": ("table",), "crosscov": ()}
 
 
 def _error(entry: Entry, actual: Callable[..., torch.Tensor], without: tuple[str, ...] = ()) -> float:
     """Of the output and all gradients against `naive`, in float64."""
     tensors = entry.tensors(torch.float64)
-    dout = torch.randn_like(tensors["v"])
+    dout = entry.gradient(torch.float64)
     pair = [
         measure.samples(Problem(f, leaves(tensors, without), dout).both())
         for f in (actual, peers.ours(entry, "naive"))
@@ -60,7 +68,8 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("entry", REGISTRY, ids=lambda entry: entry.name)
 def test_the_operator_takes_every_entry(entry: Entry) -> None:
     assert set(entry.also) <= {"naive", "compiled", "flex"}
-    assert entry.terms in ((), ("rel",)) if entry.operator == "block" else set(entry.terms) <= set(ALL_TERMS)
+    assert set(entry.terms) <= set(TERMS[entry.operator])
+    assert entry.scope == 0 or entry.scope % 2 == 1
     small = replace(entry.small(), device="cpu")
     assert [len(shape) for shape in small.shapes().values()] == [len(s) for s in entry.shapes().values()]
     assert _error(small, peers.ours(small, "eager")) < 1e-10
@@ -73,6 +82,16 @@ def test_peers_agree_with_the_specification(entry: Entry, name: str) -> None:
     assert isinstance(candidate, peers.Candidate)
     assert candidate.same_function == (name != "sdpa" or "rel_v" not in entry.terms)
     assert _error(entry, candidate.run, candidate.without) < 1e-10
+
+
+@pytest.mark.parametrize("entry", LAMBDA + CROSSCOV, ids=str)
+def test_published_forms_agree_with_the_specification(entry: Entry) -> None:
+    found = peers.candidates(entry)
+    assert list(found) == ["eager", "dense"]
+    for candidate in found.values():
+        assert isinstance(candidate, peers.Candidate)
+        assert candidate.same_function
+        assert _error(entry, candidate.run) < 1e-10
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -95,7 +114,7 @@ def test_packages_that_are_missing_or_do_not_fit_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("entry", AXIAL + BLOCK, ids=str)
-def test_pairs_are_those_that_are_seen(entry: Entry) -> None:
+def test_pairs_of_softmax_attention_are_those_that_are_seen(entry: Entry) -> None:
     b, h = entry.block, entry.halo
 
     def sees(n: int, m: int, size: int, axis: int) -> bool:
@@ -111,6 +130,15 @@ def test_pairs_are_those_that_are_seen(entry: Entry) -> None:
     assert entry.pairs == entry.batch * entry.heads * math.prod(along)
 
 
+@pytest.mark.parametrize("entry", LAMBDA, ids=str)
+def test_pairs_of_lambda_attention_are_those_with_a_table_entry(entry: Entry) -> None:
+    near = [
+        sum(abs(n - m) <= rows // 2 for n, m in product(range(size), repeat=2))
+        for size, rows in zip(entry.size, entry.table, strict=True)
+    ]
+    assert entry.pairs == (entry.batch * math.prod(near) if entry.terms else 0)
+
+
 @pytest.mark.parametrize(
     ("name", "forward_ms", "backward_ms"),
     [
@@ -118,6 +146,9 @@ def test_pairs_are_those_that_are_seen(entry: Entry) -> None:
         pytest.param("axial-192", 3.083, 7.486, id="products"),  # 14 and 34 flops x D x pairs
         pytest.param("axial-96-logit-terms", 0.316, 0.632, id="fewer tables"),
         pytest.param("block-96", 6.075, 6.075, id="exponentials"),  # 8 heads x 1472^3 pairs
+        pytest.param("lambda-96", 0.375, 1.121, id="lambdas"),  # 660^3 pairs; 0.39 and 1.18 with 672^3
+        pytest.param("lambda-96-content", 0.0988, 0.1975, id="content lambda"),  # 480 and 960 bytes x N
+        pytest.param("crosscov-96", 0.211, 0.369, id="channels"),  # 8 and 14 bytes x D x queries
     ],
 )
 def test_floors_are_the_numbers_of_the_readme(name: str, forward_ms: float, backward_ms: float) -> None:
@@ -136,7 +167,7 @@ def test_samples_find_one_wrong_region_and_nan() -> None:
 
 def test_peak_memory_on_a_cpu_sees_the_maps_of_the_dense_form() -> None:
     entry = find("cpu-block-16")
-    memory = measure.cpu_memory(entry.name, "dense")
+    memory = measure.cpu_memory(entry, "dense")
     voxels = 2 * 16 * 16**3  # heads, width
     tables = 3 * 11 * 16
     assert memory.tensors == 2 * 4 * (4 * voxels + tables)
@@ -144,7 +175,7 @@ def test_peak_memory_on_a_cpu_sees_the_maps_of_the_dense_form() -> None:
     assert 2 * one_map < memory.beyond < 6 * one_map
 
 
-def _fixed_memory(entry: str, candidate: str) -> Memory:
+def _fixed_memory(entry: Entry, candidate: str) -> Memory:
     return Memory(tensors=100, peak=150)
 
 
@@ -174,6 +205,8 @@ def test_a_run_prints_and_writes_its_tables(
         assert row["beyond_share"] == 0.5
         assert row["error"] < 1e-5
         assert "floor_share" not in row
+        copy = found["entries"]["cpu-axial-16"]["copy_forward_backward_ms"]["median"]
+        assert row["copy_share"]["forward_backward"] == copy / row["forward_backward_ms"]["median"]
     assert rows["sdpa"]["function"] == "without rel_v"
     printed = capsys.readouterr()
     table = text.with_suffix(".md").read_text(encoding="utf-8")
@@ -225,7 +258,7 @@ def test_the_table_sets_the_others_against_ours() -> None:
     text = report.markdown(report.Result(find("axial-96"), rows))
     first, _, third = text.splitlines()[6:9]
     assert first == (
-        "| triton | same | 1 (0.9 to 1.1) | 2 (1.8 to 2.2) | 2 | 1, 100% | 32% / 47% | 1e-03 |  |"
+        "| triton | same | 1 (0.9 to 1.1) | 2 (1.8 to 2.2) | 2 | 1, 100% | 32% / 47% |  | 1e-03 |  |"
     )
     assert third.split(" | ")[2:6] == [
         "2 (1.8 to 2.2) [2.0 x]",
