@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,25 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medattn.atomic import atomic_path, write_text
 from medattn.data.plan import Plan
 from medattn.data.prepare import AIR, prepare_image, prepared_geometry
-from medattn.errors import InputError
 from medattn.geometry import Array
 from medattn.inference.postprocess import keep_largest
 from medattn.inference.sliding import Predict, label_map, slide
 from medattn.inference.tta import with_flip
 from medattn.io import Volume
 from medattn.labels import Organ
+from medattn.modelfolder import VOLUMES, load_weights, read_card, write_model
 from medattn.networks import create
 from medattn.networks.registry import family
 from medattn.networks.slicewise import SliceWise
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -134,39 +128,14 @@ class Segmenter:
 
 def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors` and `model.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
-    write_text(folder / "model.json", json.dumps({"format": FORMAT} | asdict(card), indent=1) + "\n")
+    write_model(folder, VOLUMES, asdict(card), weights)
 
 
 def load_model(folder: Path) -> tuple[ModelCard, nn.Module]:
-    """Read what `save_model` wrote. Raises InputError where the folder is no model or is damaged."""
-    try:
-        content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"{folder}: no model here (model.json is missing); give the `model` folder of a run"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / 'model.json'}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise InputError(
-            f"{folder / 'model.json'}: written by another version of medattn, expected format {FORMAT}"
-        )
-    try:
-        card = _card(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{folder / 'model.json'}: damaged ({reason}); copy the model again") from None
+    """Read what `save_model` wrote. Raises InputError where the folder is no such model or is damaged."""
+    card = read_card(folder, VOLUMES, _card)
     network = card.build()
-    try:
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{folder / 'model.safetensors'}: does not hold the weights of {card.network} ({reason})"
-        ) from None
+    load_weights(folder, network, card.network)
     return card, network
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.swa_utils import AveragedModel
 
+from medattn.atomic import atomic_path
 from medattn.errors import InputError
 from medattn.training.loop import State
 
@@ -74,6 +76,13 @@ def load_checkpoint(
     torch.set_rng_state(content["random"])
     for field in dataclasses.fields(State):
         setattr(state, field.name, content["state"][field.name])
+
+
+def keep_weights(path: Path, network: nn.Module) -> None:
+    """Write a network's weights, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, temporary)
 
 
 @contextmanager

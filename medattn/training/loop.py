@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -55,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate: cosine or poly (exponent 0.9) to zero at progress 1, after a linear warm-up.
+    """Learning rate: cosine or poly (exponent 0.9) to `floor` at progress 1, after a linear warm-up.
 
     The warm-up takes warmup_steps, but at most a tenth of the run.
     """
@@ -63,13 +63,14 @@ class Schedule:
     peak: float
     warmup_steps: int
     shape: str
+    floor: float = 0.0
 
     def rate(self, step: int, progress: float) -> float:
         """The rate of step `step` (from 0) when a share `progress` of the run is over."""
         left = 1 - min(1.0, progress)
         fall = 0.5 * (1 - math.cos(math.pi * left)) if self.shape == "cosine" else left**0.9
         warmth = max((step + 1) / max(1, self.warmup_steps), 10 * progress)
-        return self.peak * fall * min(1.0, warmth)
+        return (self.floor + (self.peak - self.floor) * fall) * min(1.0, warmth)
 
 
 RESERVE = 1.3  # times the last validation: the next one may find a busier machine
@@ -88,20 +89,22 @@ def fit(
     averaged: AveragedModel,
     state: State,
     limits: Limits,
-    clip: float,
+    clip: float | None,
     on_step: Callable[[Mapping[str, float]], None],
     validate: Callable[[], float],
     keep_best: Callable[[], None],
     save: Callable[[], None],
     started: float,
     reserve_seconds: float = 0.0,
+    accumulate: int = 1,
 ) -> str:
     """Train until `limits` say stop; returns why: "steps", "time", "patience", "SIGTERM" or "SIGINT".
 
     started: `time.monotonic()` at the start of the command, which max_seconds counts from. reserve_seconds:
     how much of that the last validation is expected to take; each validation measures it anew.
-    batches: from `state.step` on. validate: a score, higher is better, of `averaged`. `save` is called every
-    `save_every` steps and once at the end, also after SIGTERM or Ctrl-C, so that a run can go on from there.
+    batches: from `state.step` on, `accumulate` of them for each step. validate: a score, higher is better, of
+    `averaged`. `save` is called every `save_every` steps and once at the end, also after SIGTERM or Ctrl-C, so
+    that a run can go on from there.
 
     Raises InputError with step and case names for a loss or gradient that is not finite.
     """
@@ -111,12 +114,12 @@ def fit(
             if reason := _reason(state, limits, clock, stop):
                 break
             begun = time.perf_counter()
-            batch = next(batches)
+            parts = [next(batches) for _ in range(accumulate)]
             waited = time.perf_counter() - begun
             rate = schedule.rate(state.step, clock.progress())
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, norm = training_step(model, batch, loss_of, optimizer, clip, state.step)
+            loss, norm = training_step(model, parts, loss_of, optimizer, clip, state.step)
             averaged.update_parameters(model)
             state.step += 1
             clock.tick()
@@ -136,23 +139,26 @@ def fit(
 
 def training_step(
     model: nn.Module,
-    batch: BatchT,
+    parts: Sequence[BatchT],
     loss_of: Callable[[nn.Module, BatchT], Tensor],
     optimizer: torch.optim.Optimizer,
-    clip: float,
+    clip: float | None,
     step: int,
 ) -> tuple[float, float]:
-    """One update; returns the loss and the gradient norm before clipping."""
-    loss = loss_of(model, batch)
-    if not math.isfinite(loss.item()):
-        raise InputError(_diverged("the loss", step, batch))
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    """One update from the mean gradient of some batches; returns loss and gradient norm before clipping."""
+    total = 0.0
+    for batch in parts:
+        loss = loss_of(model, batch) / len(parts)
+        if not math.isfinite(loss.item()):
+            raise InputError(_diverged("the loss", step, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     if not math.isfinite(norm.item()):
-        raise InputError(_diverged("a gradient", step, batch))
+        raise InputError(_diverged("a gradient", step, parts[-1]))
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item(), norm.item()
+    return total, norm.item()
 
 
 class Clock:

@@ -26,6 +26,7 @@ from medattn_kernels.testing import (
 ROWS = (7, 5, 9)  # of the tables: shorter and longer than twice the sizes below
 SCOPES = {"no table": (), "one row": (1, 1, 1), "shorter": (3, 1, 3), "longer": (9, 17, 11), "mixed": ROWS}
 IMPLS = ("naive", "eager")
+WAYS = {"convolved": (False, 1e9), "transformed": (False, 0.0), "queries first": (True, 0.0)}
 
 
 def make_inputs(
@@ -51,6 +52,13 @@ def make_inputs(
         table = torch.randn(shaped, generator=generator, dtype=torch.float64)
         tensors["table"] = (table * math.prod(shaped[:-2]) ** -0.5).to(dtype)
     return tensors
+
+
+def take(way: str, patch: pytest.MonkeyPatch) -> None:
+    """Make eager go one of the `WAYS`, whatever the shape."""
+    queries_first, faster_direct = WAYS[way]
+    patch.setattr("medattn_kernels.lambdas.eager.queries_first", lambda *_: queries_first)
+    patch.setattr("medattn_kernels.lambdas.convolution.FASTER_DIRECT", faster_direct)
 
 
 def _embeddings(table: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -155,13 +163,19 @@ def test_gradients_agree_with_finite_differences(impl: str) -> None:
 @pytest.mark.parametrize("rows", SCOPES.values(), ids=SCOPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [*AWKWARD_SIZES, (13, 11)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("way", ["convolved", "queries first"])
 def test_eager_is_as_exact_as_the_specification(
-    size: tuple[int, ...], dtype: torch.dtype, rows: tuple[int, ...]
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: tuple[int, ...],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Output and every gradient, with the budget that the specification's own rounding sets.
 
     Without a table the gradients of k and v are those of one matrix, sums over all positions.
     """
+    take(way, monkeypatch)
     tensors = make_inputs(size, rows, dtype=dtype)
     assert_meets_budget(lambda_attention, tensors, "eager", ("table",) if rows else ("k", "v"))
 
@@ -174,12 +188,13 @@ def test_eager_is_as_exact_as_the_specification(
     depth=st.integers(1, 3),
     widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     layout=st.sampled_from(LAYOUTS),
-    kind=st.sampled_from([0.0, 1e9]),
+    way=st.sampled_from(list(WAYS)),
+    limit=st.sampled_from([1, 100, 1000, 2**19]),
 )
 def test_eager_matches_the_specification_for_any_shape(  # type: ignore[no-untyped-def]
-    size, rows, heads, depth, widths, layout, kind
+    size, rows, heads, depth, widths, layout, way, limit
 ) -> None:
-    """In float64 both agree to rounding, through convolutions and through Fourier transforms."""
+    """In float64 both agree to rounding, in either order and in pieces of any size."""
     tensors = make_inputs(
         tuple(size),
         tuple(rows),
@@ -190,7 +205,8 @@ def test_eager_matches_the_specification_for_any_shape(  # type: ignore[no-untyp
         layout=layout,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medattn_kernels.lambdas.convolution.FASTER_DIRECT", kind)
+        take(way, patch)
+        patch.setattr("medattn_kernels._chunk.LOGITS_CPU", limit)
         fast = outputs_and_gradients(partial(lambda_attention, impl="eager"), tensors)
     naive = outputs_and_gradients(partial(lambda_attention, impl="naive"), tensors)
     torch.testing.assert_close(fast, naive, rtol=1e-10, atol=1e-11)
@@ -204,9 +220,13 @@ def test_small_tables_are_convolved_and_large_ones_transformed() -> None:
     assert Convolution(torch.zeros(1, 1, 1, 1, 2), (1, 1, 1)).direct
 
 
-@pytest.mark.parametrize("limit", [1, 100, 400, 10**6])
-def test_pieces_of_any_size_give_the_same_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way of cutting the work: one channel, several, several batch entries."""
+@pytest.mark.parametrize("limit", [1, 100, 400, 3000, 10**6])
+@pytest.mark.parametrize("way", ["convolved", "queries first"])
+def test_pieces_of_any_size_give_the_same_result(
+    limit: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way of cutting the work: one channel or query, several, several batch entries."""
+    take(way, monkeypatch)
     tensors = make_inputs((7, 5), batch=3)
     run = partial(lambda_attention, impl="eager")
     whole = outputs_and_gradients(run, tensors)
@@ -251,9 +271,9 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_table_gradients() -> None
     assert all(not g.any() for name, g in results.items() if name.startswith("gradient"))
 
 
-@pytest.mark.parametrize("kind", [0.0, 1e9], ids=["transformed", "convolved"])
-def test_repeated_backward_passes_are_equal_bit_for_bit(kind: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medattn_kernels.lambdas.convolution.FASTER_DIRECT", kind)
+@pytest.mark.parametrize("way", WAYS)
+def test_repeated_backward_passes_are_equal_bit_for_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(way, monkeypatch)
     tensors = make_inputs((9, 10, 8), dtype=torch.float32)
     run = partial(lambda_attention, impl="eager")
     first, second = (outputs_and_gradients(run, tensors) for _ in range(2))
@@ -338,8 +358,12 @@ def test_transforms_are_refused_in_words() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_volume_needs_little_memory_beside_inputs_and_output() -> None:
+@pytest.mark.parametrize("way", ["convolved", "queries first"])
+def test_a_large_volume_needs_little_memory_beside_inputs_and_output(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lambdas of 48^3 positions with 64 channels would take 450 MB together; fork-free, by a live count."""
+    take(way, monkeypatch)
     size = (48, 48, 48)
     x = make_inputs(size, (3, 3, 3), batch=1, heads=1, depth=1, width=16, value_width=64, dtype=torch.float32)
     together = math.prod(size) * 16 * 64 * 4

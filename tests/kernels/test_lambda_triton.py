@@ -16,7 +16,8 @@ triton = pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 import triton.language as tl  # noqa: E402
 
-from medattn_kernels.lambdas import fused, lambda_attention  # noqa: E402
+from medattn_kernels.lambdas import fused, lambda_attention, launch  # noqa: E402
+from medattn_kernels.lambdas.pairs.kernel import row_start, table_rows, tile_at  # noqa: E402
 from medattn_kernels.lambdas.tiles import along, load_around, row_of  # noqa: E402
 from medattn_kernels.testing import (  # noqa: E402
     Layout,
@@ -27,6 +28,7 @@ from medattn_kernels.testing import (  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+ORDERS = ("lambdas first", "queries first")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = partial(lambda_attention, impl="triton")
 
@@ -56,11 +58,22 @@ def _inputs(
     return {name: x.to(DEVICE) for name, x in tensors.items()}
 
 
+def _take(order: str, patch: pytest.MonkeyPatch) -> None:
+    """Make the kernels take one of the `ORDERS`, whatever the shape."""
+    patch.setattr(fused, "queries_first_fused", lambda _: order == "queries first")
+
+
+@pytest.fixture(params=ORDERS)
+def _either_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    _take(request.param, monkeypatch)
+
+
 def _assert_within_budget(tensors: dict[str, Tensor]) -> None:
     """Without a table the gradients of k and v are those of one matrix, sums over all positions."""
     assert_meets_budget(lambda_attention, tensors, "triton", ("table",) if "table" in tensors else ("k", "v"))
 
 
+@pytest.mark.usefixtures("_either_order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("size", "rows"),
@@ -72,6 +85,7 @@ def _assert_within_budget(tensors: dict[str, Tensor]) -> None:
         pytest.param((1, 9), (5, 99), id="2d-longer-than-the-volume"),
         pytest.param((70,), (), id="1d-content"),
         pytest.param((2,), (1,), id="two-positions"),
+        pytest.param((2, 33), (3, 65), id="2d-rows-of-three-tiles"),
     ],
 )
 def test_sizes_and_dtypes_match_the_specification(
@@ -81,6 +95,7 @@ def test_sizes_and_dtypes_match_the_specification(
     _assert_within_budget(_inputs(size, rows, dtype=dtype))
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_a_batch_of_volumes_in_mixed_layouts_with_depth() -> None:
     """Batch, axes, heads and depth are told apart, whatever the strides of q, k and v."""
     options: dict[str, Any] = {"batch": 2, "heads": 3, "depth": 2}
@@ -92,18 +107,21 @@ def test_a_batch_of_volumes_in_mixed_layouts_with_depth() -> None:
     _assert_within_budget(tensors)
 
 
+@pytest.mark.usefixtures("_either_order")
 @pytest.mark.parametrize(("width", "value_width"), [(4, 8), (16, 16), (24, 40), (64, 24)])
 def test_head_sizes_need_not_be_powers_of_two(width: int, value_width: int) -> None:
     _assert_within_budget(_inputs((9,), (3,), width=width, value_width=value_width))
 
 
+@pytest.mark.usefixtures("_either_order")
 @pytest.mark.parametrize("programs", [1, 3])
 def test_any_number_of_programs_shares_the_sums(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that walks several tiles adds them up itself."""
-    monkeypatch.setattr(fused, "PROGRAMS", programs)
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
     _assert_within_budget(_inputs((70,), (3,)))
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_float32_tables_beside_bfloat16_features() -> None:
     """What mixed precision sends: the table is used in q's dtype, its gradient comes in its own."""
     tensors = _inputs((9,), (3,), dtype=torch.bfloat16)
@@ -114,6 +132,7 @@ def test_float32_tables_beside_bfloat16_features() -> None:
         torch.testing.assert_close(value.to(torch.bfloat16), expected[name])
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_expanded_inputs_and_gradients_are_read_in_place() -> None:
     """Stride 0 in the inputs and, after a plain sum, in the gradient that comes back."""
     x = _inputs((6, 3), (3, 3))
@@ -125,6 +144,7 @@ def test_expanded_inputs_and_gradients_are_read_in_place() -> None:
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_one_position_takes_the_whole_softmax() -> None:
     """The gradient of its key is zero up to rounding, which leaves no budget in the specification's error."""
     x = _inputs((1,), (3,))
@@ -145,18 +165,18 @@ def test_keys_far_apart_neither_overflow_nor_vanish() -> None:
 @given(
     size=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     rows=st.lists(st.sampled_from([1, 3, 9]), min_size=3, max_size=3),
-    counts=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2)),
+    counts=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 2)),
     widths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    content=st.booleans(),
+    order=st.sampled_from(["content", *ORDERS]),
     seed=st.integers(0, 999),
 )
 def test_any_shape_matches_the_specification(  # type: ignore[no-untyped-def]
-    size, rows, counts, widths, content, seed
+    size, rows, counts, widths, order, seed
 ) -> None:
     """Which entries meet, not how they round: a budget from so few numbers would be a matter of luck."""
     tensors = _inputs(
         tuple(size),
-        () if content else tuple(rows[: len(size)]),
+        () if order == "content" else tuple(rows[: len(size)]),
         batch=counts[0],
         heads=counts[1],
         depth=counts[2],
@@ -166,18 +186,22 @@ def test_any_shape_matches_the_specification(  # type: ignore[no-untyped-def]
     )
     exact = {name: x.double() for name, x in tensors.items()}
     truth = outputs_and_gradients(partial(lambda_attention, impl="naive"), exact)
-    actual = outputs_and_gradients(RUN, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        _take(order, patch)
+        actual = outputs_and_gradients(RUN, tensors)
     for name, expected in truth.items():
         scale = max(1.0, float(expected.abs().max()))
         assert (actual[name] - expected).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_repeated_backward_passes_are_equal_bit_for_bit() -> None:
     tensors = _inputs((9, 3), (3, 5), dtype=torch.bfloat16)
     first, second = (outputs_and_gradients(RUN, tensors) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_batches_and_heads_are_independent() -> None:
     """Bit for bit: what other entries hold has no part in an entry's sums."""
     x = _inputs((5, 3), (3, 3), batch=2, heads=3)
@@ -194,6 +218,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_table_gradients() -> None:
     assert float(got["gradient of table"].abs().max()) == 0
 
 
+@pytest.mark.usefixtures("_either_order")
 def test_offsets_that_no_two_positions_have_get_no_gradient() -> None:
     tensors = _inputs((2, 3), (9, 3))
     gradient = outputs_and_gradients(RUN, tensors)["gradient of table"]
@@ -226,6 +251,22 @@ def _value_at(x, strides, batch, depth, out):
     tl.store(out, tl.max(tl.max(tl.max(found, 2), 1), 0))
 
 
+@triton.jit
+def _last_of_tile(x, strides, back, out):
+    """The last of 16 places from 2^28 on in a row, of one head, seen from so far back."""
+    row = row_start((x - back, strides), tl.cast(1, tl.int64), 3, 3, 0)
+    address, _ = tile_at((x, strides), row, 2**28, 2**30, 2, 3, 1, 16, 1, 16)
+    first = tl.arange(0, 16)[None, :] == 0
+    tl.store(out, tl.max(tl.max(tl.load(address, mask=first, other=0.0), 1), 0))
+
+
+@triton.jit
+def _last_of_rows(x, rows, back, out):
+    """The last of 16 table entries from offset (900, 900, 0) on, seen from so far back."""
+    found = table_rows((x - back, rows), 900, 900, 0, 0, 1, 1, 16, 16)
+    tl.store(out, tl.max(tl.max(found, 1), 0))
+
+
 def test_offsets_beyond_two_to_the_31_are_exact() -> None:
     """Distances in tensors and rows of tables too large to make."""
     x = torch.zeros(1, dtype=torch.float16, device=DEVICE)
@@ -234,6 +275,17 @@ def test_offsets_beyond_two_to_the_31_are_exact() -> None:
     assert int(out) == 3 * (2**30 + 8 + 2**29 + 8)
     _row[(1,)]((2001, 2001, 2001), 900, out)
     assert int(out) == (1900 * 2001 + 1900) * 2001 + 1900
+
+
+def test_tiles_beyond_two_to_the_31_are_exact() -> None:
+    """Places and table entries at the end of tensors too large to make: only the end is there."""
+    x = torch.arange(16.0, device=DEVICE)
+    out = torch.zeros(1, device=DEVICE)
+    back = 2**31 + 3 * 2**30 + 3 * 2**29 + 2**28 + 2 * 2**30
+    _last_of_tile[(1,)](x, (2**31, 2**30, 2**29, 1, 2**30, 1), back, out)
+    assert float(out) == 15
+    _last_of_rows[(1,)](x, (2001, 2001, 2001), (1900 * 2001 + 1900) * 2001 + 1000, out.zero_())
+    assert float(out) == 15
 
 
 def test_batch_and_depth_are_found_by_their_strides() -> None:
@@ -266,6 +318,7 @@ def test_keys_too_wide_for_registers_are_refused() -> None:
         RUN(**_inputs((5,), width=65))
 
 
+@pytest.mark.usefixtures("_either_order")
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medattn.errors import InputError
-from medattn.training.loop import Clock, Limits, Schedule, State, averaged_model, fit
+from medattn.training.loop import Clock, Limits, Schedule, State, averaged_model, fit, training_step
 
 
 @dataclass
@@ -80,6 +80,32 @@ def test_schedules_follow_their_formulas() -> None:
     warm = Schedule(1.0, 10, "poly")
     assert [warm.rate(step, 0.0) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert cosine.rate(0, 1.7) == 0.0
+
+
+def test_a_schedule_ends_at_its_floor() -> None:
+    schedule = Schedule(2.0, 0, "cosine", floor=0.5)
+    assert [schedule.rate(0, share) for share in (0.0, 0.5, 1.0)] == [2.0, pytest.approx(1.25), 0.5]
+
+
+def test_accumulated_batches_are_one_step_with_their_mean_gradient() -> None:
+    """Three batches of one number against one of all three, whose loss is the mean of theirs."""
+
+    def weights(accumulate: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(1, 1)
+        batches = iter([Number(0.0), Number(1.0), Number(2.0)])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if accumulate > 1:
+            training_step(model, list(batches), squared_error, optimizer, None, 0)
+        else:
+            loss = sum(squared_error(model, batch) for batch in batches) / 3
+            loss.backward()  # type: ignore[union-attr]
+            optimizer.step()
+        return list(model.parameters())
+
+    for ours, expected in zip(weights(3), weights(1), strict=True):
+        torch.testing.assert_close(ours, expected)
+
 
 
 def test_progress_is_the_larger_of_steps_and_time() -> None:

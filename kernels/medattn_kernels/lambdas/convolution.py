@@ -21,10 +21,10 @@ class Convolution:
 
     def __init__(self, table: Tensor, size: Sequence[int]) -> None:
         self.size, self.rows = list(size), list(table.shape[: len(size)])
-        self.lengths = [_fast_length(n + rows // 2) for n, rows in zip(size, self.rows, strict=True)]
+        self.lengths = transform_lengths(size, self.rows)
         self.dtype = torch.promote_types(table.dtype, torch.float32)
         self.kernel = table.movedim((-1, -2), (0, 1)).contiguous()  # [K, U, *R]
-        self.direct = _is_faster_direct(self.size, self.rows, self.lengths)
+        self.direct = is_faster_direct(self.size, self.rows, self.lengths)
         self.spectrum = self.kernel if self.direct else self._transform(self.kernel)
 
     def lambdas(self, x: Tensor) -> Tensor:
@@ -67,7 +67,12 @@ class Convolution:
         return x
 
 
-def _is_faster_direct(size: Sequence[int], rows: Sequence[int], lengths: Sequence[int]) -> bool:
+def transform_lengths(size: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Entries of the transforms along each axis, half a table more than the volume has."""
+    return [_fast_length(n + r // 2) for n, r in zip(size, rows, strict=True)]
+
+
+def is_faster_direct(size: Sequence[int], rows: Sequence[int], lengths: Sequence[int]) -> bool:
     """By the number of products, as measured on one core with AVX-512."""
     entries = math.prod(lengths)
     return math.prod(size) * math.prod(rows) <= FASTER_DIRECT * entries * math.log2(2 * entries)

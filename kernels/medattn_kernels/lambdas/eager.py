@@ -1,4 +1,4 @@
-"""Lambda attention in plain torch: the lambdas of a few channels of the values at a time."""
+"""Lambda attention in plain torch: lambdas of a few channels of the values at a time, or queries first."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from medattn_kernels._chunk import chunk_size, pieces
 from medattn_kernels.lambdas.convolution import Convolution
+from medattn_kernels.lambdas.order import Shape, queries_first
+from medattn_kernels.lambdas.pairs import eager as pairs
 
 
 def lambda_attention(q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None) -> Tensor:
@@ -43,6 +45,8 @@ def cropped(table: Tensor, q: Tensor) -> Tensor:
 
 def run_forward(q: Tensor, content: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """Output [B, *size, H, V]; content: [B, K, V], the first lambda; table: cropped. In the inputs' dtype."""
+    if queries_first(Shape.of(q, v, table), chunk_size(q), False):
+        return pairs.run_forward(q, content, v, table)
     out = _empty(q, v)
     with _plain(q):
         positions = Convolution(table, q.shape[1:-2])
@@ -57,7 +61,12 @@ def run_forward(q: Tensor, content: Tensor, v: Tensor, table: Tensor) -> Tensor:
 def run_backward(
     grad: Tensor, q: Tensor, content: Tensor, v: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, content, v and the table; all but that of v are summed in float32 at least."""
+    """Gradients of q, content, v and the table; all but that of v are summed in float32 at least.
+
+    Nothing but the inputs comes from the forward pass: either pass takes the order that is cheaper for it.
+    """
+    if queries_first(Shape.of(q, v, table), chunk_size(q), True):
+        return pairs.run_backward(grad, q, content, v, table)
     precise = torch.promote_types(q.dtype, torch.float32)
     dq, dcontent = torch.zeros_like(q, dtype=precise), torch.zeros_like(content)
     dv = torch.empty_like(v)

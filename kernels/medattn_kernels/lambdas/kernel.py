@@ -13,11 +13,11 @@ import triton.language as tl
 from medattn_kernels._device import add, dot, exp, load, store, unravel, volume, within
 from medattn_kernels.lambdas.tiles import (
     between,
+    content_gradients,
     load_around,
     load_matrix,
     load_pairs,
     load_rows,
-    load_vector,
     partner_places,
     partners,
     places,
@@ -178,15 +178,11 @@ def backward_values(
     start = (box[0] * B0, box[1] * B1, box[2] * B2)
     place = add(unravel(tl.arange(0, M), (B0, B1, B2)), start)
     exists = within(place, size)
-    keys = load(k, batch, place, depth, exists, width, W).to(tl.float32)
-    values = load(v, batch, place, depth, exists, value_width, X).to(tl.float32)
-    share = 1.0 / load_vector(total, item, width, 1.0, W)
-    weights = exp(keys - load_vector(highest, item, width, 0.0, W)[None, :]) * share[None, :]
-    gradient = load_matrix(content_gradient, batch, width, value_width, W, X)
-    by_weight = dot(values, tl.trans(gradient))
-    by_key = weights * (by_weight - load_vector(inner, item, width, 0.0, W)[None, :])
+    by_key, acc = content_gradients(
+        k, v, content_gradient, inner, highest, total, item, batch, depth, place, exists,
+        width, value_width, W, X,
+    )  # fmt: skip
     store(dk, by_key, batch, place, depth, exists, width, W)
-    acc = dot(weights, gradient)
     if table is not None:
         radius = radius_of(table[1])
         low = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medattn_kernels._device import add, load, unravel, volume, within
+from medattn_kernels._device import add, dot, exp, load, unravel, volume, within
 
 
 @triton.jit
@@ -163,6 +163,25 @@ def store_vector(x, value, row, width, W: tl.constexpr):
     """Write one of many contiguous vectors."""
     w = tl.arange(0, W)
     tl.store(x + row * width + w, value, mask=w < width)
+
+
+@triton.jit
+def content_gradients(
+    k, v, gradient, inner, highest, total, item, batch, depth, place, exists, width, value_width,
+    W: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """What the first lambda sends to the keys and values at some places, [places, W] and [places, X].
+
+    gradient, inner, highest, total: as the kernels have them; item: batch and depth as one number.
+    """
+    keys = load(k, batch, place, depth, exists, width, W).to(tl.float32)
+    values = load(v, batch, place, depth, exists, value_width, X).to(tl.float32)
+    share = 1.0 / load_vector(total, item, width, 1.0, W)
+    weights = exp(keys - load_vector(highest, item, width, 0.0, W)[None, :]) * share[None, :]
+    matrix = load_matrix(gradient, batch, width, value_width, W, X)
+    by_weight = dot(values, tl.trans(matrix))
+    by_key = weights * (by_weight - load_vector(inner, item, width, 0.0, W)[None, :])
+    return by_key, dot(weights, matrix)
 
 
 @triton.jit

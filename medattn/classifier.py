@@ -1,0 +1,66 @@
+"""A trained image network with all it needs to classify an image, and the folder it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from medattn.modelfolder import CLASSIFICATION, load_weights, read_card, write_model
+from medattn.networks import create
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes what the network sees.
+
+    Its shorter side is resized to image_size / crop_ratio pixels, the centre of image_size^2 is cut out, and
+    red, green and blue in 0 to 1 are shifted by `mean` and divided by `std`.
+    """
+
+    image_size: int = 224
+    crop_ratio: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageCard:
+    """Everything but the weights.
+
+    classes: in the order of the outputs, as the training data's folders are called. names: of classes, for
+    people. provenance: how the model came to be.
+    """
+
+    network: str
+    options: Mapping[str, Any]
+    classes: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    view: View = field(default_factory=View)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights: [B, 3, h, w] -> [B, classes]."""
+        return create(self.network, num_classes=len(self.classes), **self.options)
+
+
+def save_classifier(folder: Path, card: ImageCard, weights: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors` and `model.json`."""
+    write_model(folder, CLASSIFICATION, asdict(card), weights)
+
+
+def load_classifier(folder: Path) -> tuple[ImageCard, nn.Module]:
+    """Read what `save_classifier` wrote. Raises InputError where there is no such model or it is damaged."""
+    card = read_card(folder, CLASSIFICATION, _card)
+    network = card.build()
+    load_weights(folder, network, card.network)
+    return card, network
+
+
+def _card(content: Mapping[str, Any]) -> ImageCard:
+    view: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content["view"].items()}
+    return ImageCard(**{**content, "classes": tuple(content["classes"]), "view": View(**view)})
