@@ -9,38 +9,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from medattn.data.images.classes import Classes
+from medattn.data.images.transforms import EvaluationTransform
 from medattn.modelfolder import CLASSIFICATION, load_weights, read_card, write_model
 from medattn.networks import create
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image becomes what the network sees.
-
-    Its shorter side is resized to image_size / crop_ratio pixels, the centre of image_size^2 is cut out, and
-    red, green and blue in 0 to 1 are shifted by `mean` and divided by `std`.
-    """
-
-    image_size: int = 224
-    crop_ratio: float = 0.875
-    interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class ImageCard:
     """Everything but the weights.
 
-    classes: in the order of the outputs, as the training data's folders are called. names: of classes, for
-    people. provenance: how the model came to be.
+    classes: in the order of the outputs. view: what an image goes through before the network. provenance: how
+    the model came to be.
     """
 
     network: str
     options: Mapping[str, Any]
-    classes: tuple[str, ...]
-    names: Mapping[str, str] = field(default_factory=dict)
-    view: View = field(default_factory=View)
+    classes: Classes
+    view: EvaluationTransform
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
@@ -62,5 +48,6 @@ def load_classifier(folder: Path) -> tuple[ImageCard, nn.Module]:
 
 
 def _card(content: Mapping[str, Any]) -> ImageCard:
+    classes = Classes(*(tuple(content["classes"][key]) for key in ("wnids", "names")))
     view: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content["view"].items()}
-    return ImageCard(**{**content, "classes": tuple(content["classes"]), "view": View(**view)})
+    return ImageCard(**{**content, "classes": classes, "view": EvaluationTransform(**view)})

@@ -198,8 +198,11 @@ class Inference(Section):
 
 
 class Config(Section):
-    """A training run. `configfile.load` reads one from YAML and overrides."""
+    """A training run on volumes. `configfile.load` reads one from YAML and overrides."""
 
+    task: Literal["volumes"] = Field(
+        default="volumes", description="What is trained: volumes or classification"
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of splits, weights, sampling and augmentation"
     )

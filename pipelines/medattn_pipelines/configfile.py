@@ -1,18 +1,24 @@
-"""YAML files and overrides become a Config, or one InputError that lists every problem with its place."""
+"""YAML files and overrides become a config, or one InputError that lists every problem with its place."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from medattn.errors import InputError
 from medattn_pipelines.config import Config
+from medattn_pipelines.imageconfig import ImageConfig
+
+AnyConfig = Config | ImageConfig
+ConfigT = TypeVar("ConfigT", Config, ImageConfig)
+TASKS: dict[str, type[Config] | type[ImageConfig]] = {"volumes": Config, "classification": ImageConfig}
 
 Loc = tuple[int | str, ...]
 
@@ -34,43 +40,87 @@ for _side in (_Loader, _Dumper):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, with `a.b=value` overrides applied in order; run.dir is filled in.
+    """The config of a training on volumes in a YAML file, with `a.b=value` overrides applied in order.
 
-    Relative paths in a config are relative to the working directory. Raises InputError with one line per
-    problem, `file:line: field: what` or `override '...': field: what`.
+    run.dir is filled in. Relative paths in a config are relative to the working directory. Raises InputError
+    with one line per problem, `file:line: field: what` or `override '...': field: what`.
     """
-    path = Path(path)
-    node, content, problems = _read(path)
+    return _validated(_read(Path(path), overrides), Config)
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
+    """The same for whichever task the file names."""
+    source = _read(Path(path), overrides)
+    task = source.content.get("task", "volumes")
+    if task not in TASKS:
+        near = difflib.get_close_matches(str(task), TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(TASKS)}"
+        raise InputError(f"{source.place(('task',))}: task: {task!r} is no task{hint}")
+    model = TASKS[task]
+    return _validated(source, Config) if model is Config else _validated(source, ImageConfig)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file with the overrides applied, and the complaints so far. node: knows the file's lines."""
+
+    path: Path
+    node: yaml.Node
+    content: dict[Any, Any]
+    overrides: list[tuple[str, Loc]]
+    problems: list[str]
+
+    def place(self, loc: Loc) -> str:
+        """Where a field was set: `file:line` or the override."""
+        place = f"{self.path}:{_line(self.node, loc)}"
+        for override, keys in self.overrides:
+            if keys == loc[: len(keys)] or loc == keys[: len(loc)]:
+                place = f"override {override!r}"
+        return place
+
+
+def _read(path: Path, overrides: Sequence[str]) -> _Source:
+    node, content, problems = _parse(path)
     applied = []
     for override in overrides:
         try:
             applied.append((override, _apply(content, override)))
         except InputError as error:
             problems += error.problems
+    return _Source(path, node, content, applied, problems)
+
+
+def _validated(source: _Source, model: type[ConfigT]) -> ConfigT:
+    problems = list(source.problems)
     try:
-        config = Config.model_validate({key: value for key, value in content.items() if value is not None})
+        content = {key: value for key, value in source.content.items() if value is not None}
+        config = model.model_validate(content)
     except ValidationError as error:
-        problems += [_sentence(path, node, applied, detail) for detail in error.errors(include_url=False)]
+        problems += [_sentence(source, model, detail) for detail in error.errors(include_url=False)]
     if problems:
         raise InputError(*problems)
-    run = config.run.model_copy(update={"dir": config.run.dir or Path("runs") / path.stem})
+    run = config.run.model_copy(update={"dir": config.run.dir or Path("runs") / source.path.stem})
     return config.model_copy(update={"run": run})
 
 
-def dump(config: Config) -> str:
+def dump(config: AnyConfig) -> str:
     """The config as YAML, defaults included; `load` of it gives an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: AnyConfig) -> dict[str, Any]:
     """Every field by its dotted path, as overrides spell it: {"training.steps": 20000, ...}."""
     return dict(_leaves(config.model_dump(mode="json")))
 
 
 def explain() -> str:
-    """A line per field for help texts: dotted path, default in YAML, description."""
+    """A line per field for help texts, by task: dotted path, default in YAML, description."""
+    return "\n\n".join(f"{task}:\n{_explain(model)}" for task, model in TASKS.items())
+
+
+def _explain(model: type[BaseModel]) -> str:
     lines = []
-    for section, outer in Config.model_fields.items():
+    for section, outer in model.model_fields.items():
         nested = isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel)
         fields = outer.annotation.model_fields if nested else {"": outer}  # type: ignore[union-attr]
         for name, field in fields.items():
@@ -90,7 +140,7 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return leaves
 
 
-def _read(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
+def _parse(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
     """The file as nodes, which know their lines, as plain values, and the complaints about repeated keys."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
@@ -156,18 +206,14 @@ def _apply(content: dict[Any, Any], override: str) -> Loc:
     return keys
 
 
-def _sentence(path: Path, node: yaml.Node, overrides: Sequence[tuple[str, Loc]], detail: Any) -> str:
+def _sentence(source: _Source, model: type[BaseModel], detail: Any) -> str:
     loc: Loc = detail["loc"]
-    place = f"{path}:{_line(node, loc)}"
-    for override, keys in overrides:
-        if keys == loc[: len(keys)] or loc == keys[: len(loc)]:
-            place = f"override {override!r}"
-    return f"{place}: {'.'.join(map(str, loc))}: {_reason(detail)}"
+    return f"{source.place(loc)}: {'.'.join(map(str, loc))}: {_reason(model, detail)}"
 
 
-def _reason(detail: Any) -> str:
+def _reason(config: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"unknown field{_suggestion(detail['loc'])}"
+        return f"unknown field{_suggestion(config, detail['loc'])}"
     if detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
         return "missing, but every config needs it"
     if detail["type"] == "value_error":
@@ -177,14 +223,14 @@ def _reason(detail: Any) -> str:
     return f"{detail['msg']} (got {detail['input']!r})"
 
 
-def _suggestion(loc: Loc) -> str:
+def _suggestion(config: type[BaseModel], loc: Loc) -> str:
     """The nearest field of the same section, or the field of this very name in another one."""
-    model: Any = Config
+    model: Any = config
     for key in loc[:-1]:
         model = model.model_fields[key].annotation
     near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1) or [
         f"{section}.{loc[-1]}"
-        for section, field in Config.model_fields.items()
+        for section, field in config.model_fields.items()
         if isinstance(field.annotation, type)
         and issubclass(field.annotation, BaseModel)
         and loc[-1] in field.annotation.model_fields

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from medattn.errors import InputError
-from medattn_pipelines.config import Config
+from medattn_pipelines.configfile import AnyConfig
 
 TRACES = ("metrics.jsonl", "checkpoints", "model", "plan.json")  # what only a run writes
 
 
-def open_run(config: Config, *, resume: bool, overwrite: bool) -> Path:
+def open_run(config: AnyConfig, *, resume: bool, overwrite: bool) -> Path:
     """The run folder: new, emptied (overwrite) or as it was (resume).
 
     Raises InputError where a run exists and neither was asked for, where there is nothing to resume, and

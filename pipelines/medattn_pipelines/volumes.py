@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medattn import __version__
-from medattn.atomic import atomic_path, write_text
+from medattn.atomic import write_text
 from medattn.data.augment import Augmentation
 from medattn.data.cases import CaseFolder, assign_splits, read_cases
 from medattn.data.check import check_cases, require_clean
@@ -30,15 +30,19 @@ from medattn.metrics import dice
 from medattn.networks.registry import family
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
-from medattn.training.checkpoint import load_checkpoint, save_checkpoint
+from medattn.training.checkpoint import keep_weights, load_checkpoint, save_checkpoint
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
+from medattn.training.optimizers import make_optimizer
 from medattn.training.tracking import Tracker
 from medattn_pipelines.config import Config
 from medattn_pipelines.configfile import dump, flatten
 from medattn_pipelines.evaluation import evaluate
 from medattn_pipelines.prediction import segment_all
-from medattn_pipelines.progress import Update, case_progress, training_progress
+from medattn_pipelines.progress import case_progress, training_progress
+from medattn_pipelines.record import Record
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
+
+MOMENTUM = 0.99  # of sgd, as in nnU-Net
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     torch.manual_seed(config.seed)
     network = card.build().to(device)
     averaged = averaged_model(network, config.training.ema_decay)
-    optimizer = make_optimizer(config, network)
+    optimizer = make_volume_optimizer(config, network)
     state = State()
     if resume:
         load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
@@ -108,7 +112,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         ) as tracker,
         training_progress(config.training.steps) as show,
     ):
-        record = Record(tracker, show, state, config.training.log_every)
+        record = Record(tracker, show, state, config.training.log_every, score="Dice")
         reason = fit(
             network,
             training_batches(config, card, prepared, device, state.step),
@@ -120,7 +124,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             limits=make_limits(config),
             clip=config.training.gradient_clip,
             on_step=record.step,
-            validate=lambda: record.validation(validation_dice(segmenter, folder, plan.organs)),
+            validate=lambda: record.validation(*validation_dice(segmenter, folder, plan.organs)),
             keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
             save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
             started=started,
@@ -134,34 +138,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             tracker.artifact(run / "report")
             tracker.artifact(run / "model")
     return Trained(run, reason, state.step, evaluation)
-
-
-@dataclass
-class Record:
-    """Tells the progress line how a training goes, and the journal in means over log_every steps."""
-
-    tracker: Tracker
-    show: Update
-    state: State
-    log_every: int
-    recent: list[Mapping[str, float]] = field(default_factory=list)
-
-    def step(self, values: Mapping[str, float]) -> None:
-        """After each step."""
-        note = f"Dice {self.state.best:.3f} at step {self.state.best_step}" if self.state.best_step else ""
-        self.show(self.state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
-        self.recent.append(values)
-        if self.state.step % self.log_every == 0:
-            means = {name: fmean(one[name] for one in self.recent) for name in values}
-            self.tracker.log(self.state.step, **means)
-            self.recent.clear()
-
-    def validation(self, dice_of: Mapping[str, float]) -> float:
-        """After a validation: organ -> mean Dice. Returns the mean over organs, which ranks checkpoints."""
-        mean = fmean(dice_of.values())
-        by_organ = {f"dice/{organ}": score for organ, score in dice_of.items()}
-        self.tracker.log(self.state.step, validation_dice=mean, **by_organ)
-        return mean
 
 
 def plan_data(config: Config, run: Path, label_set: LabelSet) -> tuple[CaseFolder, Plan]:
@@ -239,13 +215,11 @@ def describe_model(config: Config, folder: CaseFolder, plan: Plan, label_set: La
     )
 
 
-def make_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.99."""
+def make_volume_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """The one that the config names; weight decay shrinks every parameter."""
     training = config.training
     rate, decay = training.learning_rate, training.weight_decay
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), rate, momentum=0.99, nesterov=True, weight_decay=decay)
-    return torch.optim.AdamW(network.parameters(), rate, weight_decay=decay)
+    return make_optimizer(training.optimizer, network.parameters(), rate, decay, MOMENTUM)
 
 
 def make_limits(config: Config) -> Limits:
@@ -289,8 +263,13 @@ def loss_function(device: torch.device, precision: torch.dtype) -> Callable[[nn.
     return loss_of
 
 
-def validation_dice(segmenter: Segmenter, folder: CaseFolder, organs: Sequence[str]) -> dict[str, float]:
-    """Mean Dice per organ over the validation cases that someone contoured it in, on the cases' own grids."""
+def validation_dice(
+    segmenter: Segmenter, folder: CaseFolder, organs: Sequence[str]
+) -> tuple[float, dict[str, float]]:
+    """Mean Dice over organs, and what to log: it and the mean of each organ, on the cases' own grids.
+
+    An organ counts in the validation cases that someone contoured it in.
+    """
     scores: dict[str, list[float]] = {organ: [] for organ in organs}
     value_of = {name: value for value, name in folder.labels.items()}
     for case in folder.split("validation"):
@@ -301,14 +280,8 @@ def validation_dice(segmenter: Segmenter, folder: CaseFolder, organs: Sequence[s
     means = {organ: fmean(values) for organ, values in scores.items() if values}
     if not means:
         raise InputError(f"{folder.root}: no validation case has a contoured organ of {list(organs)}")
-    return means
-
-
-def keep_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's weights, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, temporary)
+    mean = fmean(means.values())
+    return mean, {"validation_dice": mean} | {f"dice/{organ}": score for organ, score in means.items()}
 
 
 def finish(
