@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 PerAxis = int | Sequence[int]
 Halo = int | Sequence[int | tuple[int, int]]
@@ -77,7 +77,7 @@ def check_parameter(name: str, tensor: Tensor, q: Tensor) -> None:
 def per_axis(name: str, value: PerAxis, axes: int, smallest: int) -> tuple[int, ...]:
     """Spread an int over all axes, or check one int per axis; every value at least `smallest`."""
     values = _spread(value, axes)
-    if len(values) != axes or not all(isinstance(n, int) and n >= smallest for n in values):
+    if len(values) != axes or not all(isinstance(n, int | SymInt) and n >= smallest for n in values):
         raise ValueError(
             f"{name} must be an int of at least {smallest}, or one per spatial axis ({axes} here), "
             f"got {value!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
@@ -58,6 +59,12 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if x.dtype in FUSED_DTYPES else x for x in (q, k, v))
     return q, k, v
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors, on x's device; one that has no autocast is left alone."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _transformed() -> bool:

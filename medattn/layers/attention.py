@@ -7,7 +7,7 @@ C channels, H heads, D query and key size of a head, E value size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from medattn.layers.position import AxialAttention, BlockAttention
 from medattn_kernels import block_attention
 
+MakeAttention = Callable[[int, int], nn.Module]  # from channels and the number of spatial axes
+
+AT_LEAST_ONE = "layers must be at least 1; a network without attention is the plain one"
 OUT_STD = 0.02  # of the last projection's weights: a layer starts near the identity, yet all of it trains
 
 
@@ -48,16 +51,36 @@ class AttentionLayer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Layers on [B, *size, C] in sequence, for features [B, C, *size]: channels go last once, around all."""
+    """Layers on [B, *size, C] in sequence, for features [B, C, *size]: channels go last once, around all.
+
+    Raises ValueError if there are none.
+    """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
+        if not len(self.layers):
+            raise ValueError(AT_LEAST_ONE)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, C, *size]."""
         out: Tensor = self.layers(x.movedim(1, -1).contiguous())
         return out.movedim(-1, 1)
+
+
+def repeated(make: MakeAttention, layers: int) -> MakeAttention:
+    """What builds a module for features [B, C, *size], `layers` times in sequence with separate weights.
+
+    A single one keeps its own parameter names. Raises ValueError, when it builds, for fewer than one.
+    """
+
+    def build(channels: int, spatial_dims: int) -> nn.Module:
+        parts = [make(channels, spatial_dims) for _ in range(layers)]
+        if not parts:
+            raise ValueError(AT_LEAST_ONE)
+        return parts[0] if layers == 1 else nn.Sequential(*parts)
+
+    return build
 
 
 class RasterBlockAttention(nn.Module):

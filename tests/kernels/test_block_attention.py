@@ -76,10 +76,11 @@ def test_eager_without_tables_matches_the_specification(dtype: torch.dtype, halo
     relative=st.booleans(),
     biased=st.booleans(),
     padding=st.sampled_from(["masked", "zero"]),
+    offsets=st.sampled_from(["voxels", "queries"]),
     layout=st.sampled_from(LAYOUTS),
 )
 def test_eager_matches_the_specification_for_any_shape_and_choice_of_terms(  # type: ignore[no-untyped-def]
-    size, blocks, halo, widths, relative, biased, padding, layout
+    size, blocks, halo, widths, relative, biased, padding, offsets, layout
 ) -> None:
     """In float64 both agree to rounding, strides, borders and memory layouts included."""
     axes = len(size)
@@ -91,6 +92,7 @@ def test_eager_matches_the_specification_for_any_shape_and_choice_of_terms(  # t
         "stride": [s for _, s in blocks[:axes]],
         "halo": halo[:axes],
         "padding": padding,
+        "offsets": offsets,
     }
     naive = outputs_and_gradients(lambda **x: _run("naive", **x, **options), tensors)
     fast = outputs_and_gradients(lambda **x: _run("eager", **x, **options), tensors)
@@ -254,6 +256,29 @@ def test_stride_picks_queries_and_changes_nothing_else(impl: str, padding: str) 
     full = _run(**tensors, **options)
     strided = _run(**tensors, **options, stride=(2, 3, 1))
     torch.testing.assert_close(strided, full[:, ::2, ::3])
+
+
+@pytest.mark.parametrize("impl", ["naive", "eager"])
+@pytest.mark.parametrize("padding", ["masked", "zero"])
+def test_offsets_may_count_queries_as_in_timms_halonet(impl: str, padding: str) -> None:
+    """The query s + stride i reads the rows that one at s would read from a table moved by i rows."""
+    block, stride, x = 4, 2, make_qkv((14,)) | _tables(1, rows=(25,))
+    options = {"block": block, "halo": 3, "padding": padding, "impl": impl}
+    actual = _run(**x, **options, stride=stride, offsets="queries")
+    for i in range(block // stride):
+        moved = {"q": x["q"].roll(-stride * i, 1), "rel0": x["rel0"].roll(i, 0), "bias": x["bias"].roll(i, 1)}
+        alone = _run(**x | moved, **options, stride=block)
+        expected = alone[:, : len(range(stride * i, 14, block))]
+        torch.testing.assert_close(actual[:, i :: block // stride], expected)
+
+
+def test_triton_refuses_offsets_that_count_queries() -> None:
+    x = {name: tensor.float() for name, tensor in (make_qkv((8,)) | _tables(1)).items()}
+    options = {"block": 4, "halo": 1, "stride": 2, "offsets": "queries", "impl": "triton"}
+    with pytest.raises(
+        ValueError, match=r"impl='triton' (takes offsets='voxels' where queries|needs the package)"
+    ):
+        _run(**x, **options)
 
 
 def test_batches_and_heads_are_independent() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from medattn_kernels.crosscov import cross_covariance_attention, eager
 from medattn_kernels.testing import (
@@ -209,6 +210,42 @@ def test_pieces_of_any_size_give_the_same_result(limit: int, monkeypatch: pytest
     whole = outputs_and_gradients(cross_covariance_attention, tensors)
     monkeypatch.setattr("medattn_kernels._chunk.LOGITS_CPU", limit)
     torch.testing.assert_close(outputs_and_gradients(cross_covariance_attention, tensors), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [2, 5], ids="batch {}".format)
+@pytest.mark.parametrize("in_place", [1, 2**40], ids=["one head at a time", "in one call"])
+def test_both_ways_to_write_a_product_match_the_specification(
+    in_place: int, batch: int, layout: Layout, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer entries than heads and with more, from inputs of every layout."""
+    monkeypatch.setattr(eager, "IN_PLACE", in_place)
+    tensors = _inputs((6, 11), batch=batch, width=8, layout=layout, dtype=dtype)
+    assert_meets_budget(cross_covariance_attention, tensors, "eager", sums=("temperature",))
+
+
+@pytest.mark.parametrize("batch", [2, 5], ids="batch {}".format)
+@pytest.mark.parametrize("layout", ["one projection", "channels first", "every second channel"])
+@pytest.mark.parametrize("in_place", [1, 2**40], ids=["one head at a time", "in one call"])
+def test_only_views_that_blas_cannot_take_are_copied(
+    in_place: int, layout: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch clones for bmm a matrix without a unit stride, and no other."""
+    monkeypatch.setattr(eager, "IN_PLACE", in_place)
+    if layout == "one projection":  # as AttentionLayer splits it
+        parts = torch.randn(batch, 7, 9, 3 * 4 * 16).chunk(3, -1)
+        q, k, v = (x.unflatten(-1, (4, 16)) for x in parts)
+    elif layout == "channels first":
+        q, k, v = (torch.randn(batch, 4, 16, 7, 9).movedim((1, 2), (-2, -1)) for _ in "qkv")
+    else:
+        q, k, v = (torch.randn(batch, 7, 9, 4, 32)[..., ::2] for _ in "qkv")
+    temperature = torch.ones(4)
+    with profile(activities=[ProfilerActivity.CPU]) as done:
+        out, *statistics = eager.run_forward(q, k, v, temperature)
+        eager.run_backward(torch.randn_like(out), q, k, v, temperature, *statistics)
+    cloned = "aten::clone" in {event.key for event in done.key_averages()}
+    assert cloned == (layout == "every second channel")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -257,3 +257,9 @@ assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.mod
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["unet_lambda", "unet_crosscov", "unet_axial", "unet_dual", "unet_halo"])
+def test_networks_count_on_the_meta_device_too(name: str) -> None:
+    """Where nothing is computed and autocast does not exist."""
+    assert _network_flops(name, 32) > _network_flops("unet", 32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medattn_kernels._chunk import chunk_size
+from medattn_kernels._select import without_autocast
 
 Box = tuple[slice, ...]
 Factor = float | Tensor
@@ -76,7 +77,7 @@ def run_forward(
     by_query, by_key [2 L, D], by_value [2 L, E]: table rows by offset, those of keys by query minus key.
     """
     content, position = _empty(v, separate)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for lines in _cut(q, k, v, (by_query, by_key, by_value), gain, axis, span, scale):
             attention = lines.attention()
             part = lines.v.mT @ attention.mT
@@ -109,7 +110,7 @@ def run_backward(
     rows = by_query, by_key, by_value
     dq, dk, dv, *sums = _empty_gradients(q, k, v, *rows, gain)
     dby_query, dby_key, dby_value, dgain = (x.zero_() for x in sums)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for lines in _cut(q, k, v, rows, gain, axis, span, scale):
             attention = lines.attention()
             dout = lines.read(dcontent)

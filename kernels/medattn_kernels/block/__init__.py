@@ -37,6 +37,7 @@ def block_attention(
     stride: PerAxis = 1,
     scale: float | None = None,
     padding: str = "masked",
+    offsets: str = "voxels",
     impl: Impl | None = None,
 ) -> Tensor:
     """Softmax attention of each query block on itself and a halo around it.
@@ -56,6 +57,8 @@ def block_attention(
     scale: D^-1/2 if None.
     padding: what stands outside the volume. "masked": nothing. "zero": keys and values of zeros, which keep
         their position terms and take part in the softmax (timm's HaloNet weights were trained so).
+    offsets: what the tables' offsets count where queries are strided. "voxels": o = m - n as above.
+        "queries": o = m - s - i for the query at s + stride i (timm's HaloNet weights were trained so).
 
     Tables are used in q's dtype; under autocast q, k and v are cast to its dtype. Returns
     [B, *ceil(size / stride), H, E]. Raises ValueError or TypeError for arguments that do not fit.
@@ -70,6 +73,8 @@ def block_attention(
         raise ValueError(f"stride must divide block on every axis, got {stride=} and {block=}")
     if padding not in ("masked", "zero"):
         raise ValueError(f"unknown {padding=}; expected 'masked' or 'zero'")
+    if offsets not in ("voxels", "queries"):
+        raise ValueError(f"unknown {offsets=}; expected 'voxels' or 'queries'")
     if rel is not None:
         if len(rel) != axes:
             raise ValueError(f"rel must be one table per spatial axis ({axes} here), got {len(rel)}")
@@ -78,7 +83,10 @@ def block_attention(
     if bias is not None:
         check_bias("bias", bias, axes, q)
     pairs, masked = halo_per_axis(halo, axes), padding == "masked"
-    refusal = "" if rel is None else fused.refusal(q.shape[1:-2], blocks, pairs, masked)
+    steps = strides if offsets == "voxels" or (rel is None and bias is None) else (1,) * axes
+    refusal = fused.refusal_of_offsets(strides, steps)
+    if rel is not None:
+        refusal = refusal or fused.refusal(q.shape[1:-2], blocks, pairs, masked)
     run = select("block_attention", IMPLEMENTATIONS, impl, q, v, refusal)
     return run(
         q,
@@ -91,4 +99,5 @@ def block_attention(
         stride=strides,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         masked=masked,
+        step=steps,
     )

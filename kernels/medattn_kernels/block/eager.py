@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medattn_kernels._chunk import chunk_size, pieces
+from medattn_kernels._select import without_autocast
 from medattn_kernels.block.tiling import (
     Tiles,
     Tiling,
@@ -36,20 +37,24 @@ def block_attention(
     stride: tuple[int, ...],
     scale: float,
     masked: bool,
+    step: tuple[int, ...] | None = None,
 ) -> Tensor:
     """`medattn_kernels.block_attention` on any device, differentiable once.
+
+    step: between neighbouring queries as offsets count them, the stride if None.
 
     q.rel is needed once per query and place along an axis, not per pair: these products become further
     columns of the queries, and ones at the key's places the same columns of the keys, so that one matrix
     product gives the whole logit.
     """
     tiles = tuple(
-        cut(n, b, h, t, masked) for n, b, h, t in zip(q.shape[1:-2], block, halo, stride, strict=True)
+        cut(n, b, h, t, masked, e)
+        for n, b, h, t, e in zip(q.shape[1:-2], block, halo, stride, step or stride, strict=True)
     )
     queries = query_blocks(q, tiles)
     columns = [scale * queries] if rel is None else [scale * queries, *_relative(queries, tiles, rel)]
     table = None if bias is None else _pairs(bias.to(q.dtype), tiles)
-    cuts = [n for t in tiles for n in astuple(t)]
+    cuts = [getattr(t, field.name) for t in tiles for field in fields(t)]
     out = _attention(torch.cat(columns, -1), padded(k, tiles), padded(v, tiles), table, cuts, masked)
     return merge_blocks(out, tiles)
 
@@ -107,7 +112,7 @@ def run_forward(
     bias: [H, queries, keys] or None. cuts: `Tiles` as numbers. Computes in the inputs' dtype.
     """
     out = _empty(q, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for slab in _slabs(q, k, v, _tiles(cuts), masked):
             part = slab.of(out)
             for n, m in slab.chunks():
@@ -124,7 +129,7 @@ def run_backward(
     dq = torch.empty_like(q)
     dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
     dbias = None if bias is None else torch.zeros_like(bias, dtype=precise)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for slab in _slabs(q, k, v, tiles, masked):
             dkeys = torch.zeros_like(slab.keys, dtype=precise)
             dvalues = torch.zeros_like(slab.values, dtype=precise)

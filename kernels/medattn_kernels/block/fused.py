@@ -20,7 +20,7 @@ FEWEST_QUERIES = 16  # of a tile; blocks of fewer are joined
 SCRATCH = 0.125  # of inputs, outputs and gradients: position terms that the two backward passes share
 PROGRAMS, FEWEST_PROGRAMS = 1024, 128  # of passes that sum over blocks: some per multiprocessor, or one
 SUMS = 2**23  # numbers, above which there are fewer programs
-ABSENT = Tiling(size=1, blocks=1, block=1, stride=1, before=0, window=1)
+ABSENT = Tiling(size=1, blocks=1, block=1, stride=1, before=0, window=1, step=1)
 
 
 def block_attention(
@@ -35,8 +35,12 @@ def block_attention(
     stride: tuple[int, ...],
     scale: float,
     masked: bool,
+    step: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """`medattn_kernels.block_attention` in float32, bfloat16 or float16, differentiable once."""
+    """`medattn_kernels.block_attention` in float32, bfloat16 or float16, differentiable once.
+
+    step: see `refusal_of_offsets`.
+    """
     tables = (None, None, None) if rel is None else (*[None] * (3 - len(rel)), *rel)
     sides = [side for pair in halo for side in pair]
     out: Tensor = _attention(q, k, v, *tables, bias, block, sides, stride, scale, masked)[0]
@@ -49,6 +53,11 @@ def refusal(size: Sequence[int], block: Sequence[int], halo: Sequence[tuple[int,
     if longest <= LONGEST_WINDOW:
         return ""
     return f"takes windows of at most {LONGEST_WINDOW} positions per axis beside rel, got {longest}"
+
+
+def refusal_of_offsets(stride: Sequence[int], step: Sequence[int]) -> str:
+    """Why the kernels cannot count offsets so; empty if they can. They count voxels only."""
+    return "" if tuple(stride) == tuple(step) else "takes offsets='voxels' where queries are strided"
 
 
 def run_forward(

@@ -21,9 +21,14 @@ def block_attention(
     stride: tuple[int, ...],
     scale: float,
     masked: bool,
+    step: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """`medattn_kernels.block_attention` with masked (True) or zero padding; any floating dtype."""
+    """`medattn_kernels.block_attention` with masked (True) or zero padding; any floating dtype.
+
+    step: between neighbouring queries as offsets count them, the stride if None.
+    """
     size = tuple(q.shape[1:-2])
+    stretch = torch.tensor([stride, step or stride], device=q.device)
     out = torch.zeros_like(v)
     for start in product(*(range(0, n, b) for n, b in zip(size, block, strict=True))):
         spaces = list(zip(start, block, size, halo, stride, strict=True))
@@ -32,7 +37,9 @@ def block_attention(
         inside = ((keys >= 0) & (keys < torch.tensor(size, device=q.device))).all(-1)
         if masked:
             keys, inside = keys[inside], inside[inside]
-        offset = keys[None] - queries[:, None]  # [n, m, axes]
+        origin = torch.tensor(start, device=q.device)
+        counted = origin + (queries - origin) // stretch[0] * stretch[1]
+        offset = keys[None] - counted[:, None]  # [n, m, axes]
 
         q_n = _at(q, queries)  # [B, n, H, D]
         k_m, v_m = (_at(x, keys * inside[:, None]) * inside[:, None, None] for x in (k, v))  # zeros outside

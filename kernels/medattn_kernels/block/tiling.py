@@ -17,7 +17,7 @@ class Tiling:
 
     size: voxels. blocks: number of blocks. block: voxels from one block's start to the next one's.
     stride: voxels between queries. before, window: a key window starts `before` voxels ahead of its block and
-    has `window` positions.
+    has `window` positions. step: between queries as offsets count them, the stride where they count voxels.
     """
 
     size: int
@@ -26,6 +26,7 @@ class Tiling:
     stride: int
     before: int
     window: int
+    step: int
 
     @property
     def queries(self) -> int:
@@ -40,15 +41,15 @@ class Tiling:
     @property
     def offsets(self) -> int:
         """How many different offsets the pairs have."""
-        return self.window + (self.queries - 1) * self.stride
+        return self.window + (self.queries - 1) * self.step
 
     def all_offsets(self, device: torch.device) -> Tensor:
         """They, from the smallest to the largest."""
-        return torch.arange(self.offsets, device=device) - self.before - (self.queries - 1) * self.stride
+        return torch.arange(self.offsets, device=device) - self.before - (self.queries - 1) * self.step
 
     def offset(self, device: torch.device) -> Tensor:
         """Key index minus query index of every pair, [queries, window]."""
-        query = torch.arange(self.queries, device=device) * self.stride
+        query = torch.arange(self.queries, device=device) * self.step
         return torch.arange(self.window, device=device) - self.before - query[:, None]
 
     def outside(self, device: torch.device) -> Tensor:
@@ -61,14 +62,19 @@ class Tiling:
 Tiles = tuple[Tiling, ...]
 
 
-def cut(size: int, block: int, halo: tuple[int, int], stride: int, masked: bool) -> Tiling:
-    """Cut one axis. If the outside of the volume is masked, windows reach no further than a block needs."""
+def cut(
+    size: int, block: int, halo: tuple[int, int], stride: int, masked: bool, step: int | None = None
+) -> Tiling:
+    """Cut one axis. If the outside of the volume is masked, windows reach no further than a block needs.
+
+    step: the stride if None.
+    """
     blocks = -(-size // block)
     before, after = halo
     if masked:
         block = min(block, size)
         before, after = min(before, (blocks - 1) * block), min(after, size - block)
-    return Tiling(size, blocks, block, stride, before, before + block + after)
+    return Tiling(size, blocks, block, stride, before, before + block + after, step or stride)
 
 
 def table_row(offset: Tensor, rows: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medattn_kernels._chunk import chunk_size, pieces
+from medattn_kernels._select import without_autocast
 from medattn_kernels.lambdas.convolution import Convolution
 from medattn_kernels.lambdas.order import Shape, queries_first
 from medattn_kernels.lambdas.pairs import eager as pairs
@@ -20,7 +21,7 @@ def lambda_attention(q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None) -
     """`medattn_kernels.lambda_attention` on any device, differentiable once."""
     content = content_lambda(k, v)
     if table is None:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             out = q.flatten(1, -2) @ content.to(q.dtype)
         return out.view(*q.shape[:-1], v.shape[-1])
     result: Tensor = _attention(q, content, v, cropped(table, q).to(q.dtype))
@@ -30,7 +31,7 @@ def lambda_attention(q: Tensor, k: Tensor, v: Tensor, *, table: Tensor | None) -
 def content_lambda(k: Tensor, v: Tensor) -> Tensor:
     """[B, K, V] in float32 at least: a weight in a large volume is less than float16 can hold."""
     precise = torch.promote_types(k.dtype, torch.float32)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k):
         weights = k.flatten(1, -3).to(precise).softmax(1)
         return weights.flatten(1, 2).mT @ v.to(precise).flatten(1, -2)
 
@@ -129,7 +130,7 @@ def _empty(q: Tensor, v: Tensor) -> Tensor:
 def _plain(q: Tensor) -> Iterator[None]:
     """Convolutions in the inputs' own dtype, the same result every time."""
     with (
-        torch.autocast(q.device.type, enabled=False),
+        without_autocast(q),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
         yield

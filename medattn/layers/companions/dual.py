@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from medattn.layers.companions.full import full_attention, single_head
 from medattn.layers.companions.rank import convolution
+from medattn_kernels._select import without_autocast
 
 
 class PositionAttention(nn.Module):
@@ -52,7 +53,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, C, *size]."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             rows = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
             out = (-rows @ rows.mT).softmax(-1) @ rows
         return self.gamma.to(x) * out.view(x.shape).to(x) + x

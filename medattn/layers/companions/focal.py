@@ -13,22 +13,26 @@ from torch.nn import functional as F
 
 from medattn.layers.companions.pieces import by_pieces
 from medattn.layers.companions.rank import check_rank
+from medattn.layers.drop_path import DropPath
 
 INIT_STD = 0.02  # of linear layers and of the tables for neighbours and pooled windows
 
 
-def neighbour_offsets(spatial_dims: int, window: int, expand: int) -> Tensor:
+def neighbour_offsets(spatial_dims: int, window: int, expand: int, *, distinct: bool = False) -> Tensor:
     """Places of the fine neighbours, relative to the window's first position, [2^d (w^d - (w - e)^d), d].
 
     The published map is rolled by `expand` in every diagonal direction, and what a roll leaves inside the
     window is dropped. In 2D with w = 7, e = 3: 132 places, 120 of them distinct; with w = 2 e all differ.
+    distinct: each place once, where it first stands.
     """
     places = [
         [p + s for p, s in zip(place, shift, strict=True)]
         for shift in itertools.product((expand, -expand), repeat=spatial_dims)
         for place in itertools.product(range(window), repeat=spatial_dims)
     ]
-    kept = [place for place in places if any(not 0 <= p < window for p in place)]
+    kept = [tuple(place) for place in places if any(not 0 <= p < window for p in place)]
+    if distinct:
+        kept = list(dict.fromkeys(kept))
     return torch.tensor(kept, dtype=torch.long).view(-1, spatial_dims)
 
 
@@ -50,23 +54,35 @@ class WindowAttention(nn.Module):
     """Windows of queries on themselves, on a ring around them and on pooled windows; channels last.
 
     logits = D^-1/2 q.k + bias, one softmax over all keys. Tables as published: own window
-    [(2 w - 1)^d, heads] (zeros at the start), neighbours [1, heads, w^d, keys], pooled
-    [heads, (w + f - 1)^d]. Names as in microsoft/Focal-Transformer.
+    [(2 w - 1)^d, heads] (zeros at the start), neighbours [1, heads, w^d, keys], with one more 1 in front in
+    3D, pooled [heads, (w + f - 1)^d]. Names as in microsoft/Focal-Transformer.
     """
 
     CONSTANTS = ("relative_position_index", "valid_ind_rolled", "relative_position_index_0")
     ring: Tensor
 
     def __init__(
-        self, channels: int, spatial_dims: int, *, heads: int, window: int, expand: int, focal_window: int
+        self,
+        channels: int,
+        spatial_dims: int,
+        *,
+        heads: int,
+        window: int,
+        expand: int,
+        focal_window: int,
+        published: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.window, self.focal_window, self.axes = heads, window, focal_window, spatial_dims
+        self.expand, self.published = expand, published
         area = window**spatial_dims
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** spatial_dims, heads))
-        self.register_buffer("ring", neighbour_offsets(spatial_dims, window, expand), persistent=False)
+        ring = neighbour_offsets(spatial_dims, window, expand, distinct=not published)
+        self.register_buffer("ring", ring, persistent=False)
         if expand:
-            table = torch.empty(1, heads, area, len(self.ring))
+            # torch brings every parameter of four axes into channels_last and fails where five are asked for
+            ones = [1] * (spatial_dims - 1)
+            table = torch.empty(*ones, heads, area, len(self.ring))
             self.relative_position_bias_table_to_neighbors = nn.Parameter(
                 nn.init.trunc_normal_(table, std=INIT_STD)
             )
@@ -78,14 +94,17 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, pooled: Tensor | None) -> Tensor:
-        """x [B, *size, C], sizes multiples of the window; pooled [B, *size / window, C] or None."""
+    def forward(self, x: Tensor, pooled: Tensor | None, shown: Sequence[int] | None = None) -> Tensor:
+        """x [B, *size, C], sizes multiples of the window; pooled [B, *size / window, C] or None.
+
+        shown: hide fine keys beyond these sizes and across the border; None hides none.
+        """
         size, area = x.shape[1:-1], self.window**self.axes
         tokens = x.flatten(1, -2)
         if pooled is not None:
             tokens = torch.cat([tokens, pooled.flatten(1, -2)], 1)
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, tokens, H, D]
-        keys, hidden = self._keys(size, pooled is not None)
+        keys, hidden = self._keys(size, pooled is not None, shown)
         own, bias, scale = keys[:, :area], self._bias(pooled is not None), q.shape[-1] ** -0.5
 
         def windows(part: slice) -> Tensor:
@@ -95,18 +114,20 @@ class WindowAttention(nn.Module):
             out: Tensor = logits.softmax(-1) @ near_v
             return out.transpose(2, 3).flatten(3)
 
-        out = by_pieces(windows, len(own), len(x) * bias.numel(), 1).flatten(1, 2)
+        out = by_pieces(windows, own.shape[0], x.shape[0] * bias.numel(), 1).flatten(1, 2)
         attended: Tensor = self.proj(out[:, own.flatten().argsort()])
         return attended.view(x.shape)
 
-    def _keys(self, size: Sequence[int], pooled: bool) -> tuple[Tensor, Tensor]:
+    def _keys(self, size: Sequence[int], pooled: bool, shown: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         """Token of every key of every window and whether it is hidden, [windows, keys] each."""
         device, counts = self.ring.device, [n // self.window for n in size]
         first = _grid(counts, device)[:, None]  # [windows, 1, d]
         places = torch.cat([_grid([self.window] * self.axes, device), self.ring])
-        wrapped = (self.window * first + places) % torch.tensor(size, device=device)
-        keys = _flat(wrapped, size)
+        fine = self.window * first + places
+        keys = _flat(fine % torch.tensor(size, device=device), size)
         hidden = torch.zeros_like(keys, dtype=torch.bool)
+        if shown is not None:
+            hidden = ((fine < 0) | (fine >= torch.tensor(shown, device=device))).any(-1)
         if pooled:
             around = first + _grid([self.focal_window] * self.axes, device) - self.focal_window // 2
             inside = around.clamp(torch.zeros_like(first[0]), torch.tensor(counts, device=device) - 1)
@@ -121,7 +142,7 @@ class WindowAttention(nn.Module):
         own = _flat(queries - queries.transpose(0, 1) + w - 1, [2 * w - 1] * self.axes)
         parts = [self.relative_position_bias_table[own].movedim(-1, 0)]
         if len(self.ring):
-            parts.append(self.relative_position_bias_table_to_neighbors[0])
+            parts.append(self.relative_position_bias_table_to_neighbors.flatten(0, -3))
         if pooled:
             around = _grid([f] * self.axes, device)
             far = _flat(queries - around + f - 1, [w + f - 1] * self.axes)
@@ -145,6 +166,7 @@ class FocalBlock(nn.Module):
     bias each; the ring wraps around the map's border; the zeros at the far end, whose keys are the bias of
     qkv, are seen like other positions. Pooled windows outside the map are hidden; the published code gives
     them logits near -100. One pooled level, as in all published variants; no shift, no layer scale.
+    published=False leaves the first three out: each neighbour once, and no fine keys outside the map.
 
     Where a map is no larger than a window, the published block is built without a ring and with a window of
     the map's side; this one is not made for one map, so give those numbers.
@@ -154,8 +176,8 @@ class FocalBlock(nn.Module):
 
     Memory: the logits of a few windows at a time. Work: N (w^d + ring + f^d) 2 C multiply-adds.
 
-    mlp_ratio: hidden width of the MLP over C; 0 leaves it and norm2 out. Linear layers start as in the
-    published model, the pooling at the mean.
+    mlp_ratio: hidden width of the MLP over C; 0 leaves it and norm2 out. drop_path: of both branches. Linear
+    layers start as in the published model, the pooling at the mean.
 
     Parameters, with d axes, n = 2^d (w^d - (w - e)^d): 4 C^2 + 6 C + heads ((2 w - 1)^d + w^d n), with f
     heads (w + f - 1)^d + w^d + 1, with an MLP 2 r C^2 + (r + 3) C.
@@ -172,6 +194,8 @@ class FocalBlock(nn.Module):
         expand: int = 3,
         focal_window: int = 7,
         mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        published: bool = True,
     ) -> None:
         super().__init__()
         check_rank(spatial_dims)
@@ -188,8 +212,15 @@ class FocalBlock(nn.Module):
             assert isinstance(pool, nn.Linear)
             nn.init.constant_(pool.weight, 1 / area)
             nn.init.zeros_(pool.bias)
+        self.published, self.drop_path = published, DropPath(drop_path)
         self.attn = WindowAttention(
-            channels, spatial_dims, heads=heads, window=window, expand=expand, focal_window=focal_window
+            channels,
+            spatial_dims,
+            heads=heads,
+            window=window,
+            expand=expand,
+            focal_window=focal_window,
+            published=published,
         )
         self.mlp = None
         if hidden := int(mlp_ratio * channels):
@@ -206,9 +237,9 @@ class FocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, *size] -> [B, C, *size]."""
         x = x.movedim(1, -1)
-        x = x + self._attended(self.norm1(x))
+        x = x + self.drop_path(self._attended(self.norm1(x)))
         if self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.movedim(-1, 1)
 
     def _attended(self, x: Tensor) -> Tensor:
@@ -218,7 +249,7 @@ class FocalBlock(nn.Module):
         pooled = None
         for pool in self.pool_layers:
             pooled = pool(_windows(x, w)).squeeze(-1)
-        out: Tensor = self.attn(x, pooled)
+        out: Tensor = self.attn(x, pooled, None if self.published else size)
         return out[(slice(None), *(slice(n) for n in size))]
 
 

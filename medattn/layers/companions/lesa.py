@@ -94,7 +94,7 @@ class AxesContext(nn.Module):
         if norm.training or norm.running_var is None:
             mean, variance = _moments(q, k, tables)
             positions = q[0, ..., 0, 0].numel()
-            track_statistics(norm, mean, variance, len(q) * positions**2)
+            track_statistics(norm, mean, variance, q.shape[0] * positions**2)
         else:
             variance = norm.running_var
         # the bias cancels in the softmax; used this way, its gradient is zero instead of missing
@@ -112,7 +112,7 @@ def _moments(q: Tensor, k: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, Te
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.double(), k.double()
     flat_q, flat_k = (x.flatten(1, -3).movedim(-2, 1) for x in (q, k))  # [B, H, N, D]
-    pairs = len(q) * flat_q.shape[2] ** 2
+    pairs = q.shape[0] * flat_q.shape[2] ** 2
     grams = flat_q.mT @ flat_q, flat_k.mT @ flat_k
     means = [(flat_q.sum(2) * flat_k.sum(2)).sum((0, 2)) / pairs]
     variances = [(grams[0] * grams[1]).sum((0, 2, 3)) / pairs - means[0] ** 2]

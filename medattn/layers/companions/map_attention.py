@@ -101,7 +101,7 @@ class MapAttention(nn.Module):
             raise ValueError(f"this map attention takes {expected}, got {'none' if state is None else 'one'}")
         if self.embed is None or state is None:
             assert self.agent is not None
-            return self.agent.to(x.dtype).expand(len(x), 1, -1)
+            return self.agent.to(x.dtype).expand(x.shape[0], 1, -1)
         embedded: Tensor = self.embed(state)
         return embedded[:, None].to(x.dtype)
 

@@ -25,10 +25,10 @@ def collect(x: Tensor, maps: Tensor, size: Sequence[int], mask: Sequence[int]) -
 
     def rows(part: slice) -> Tensor:
         index = _entry(size, mask, part, 1, x.device)
-        logits = others[:, part].gather(2, index.expand(len(x), -1, -1))
+        logits = others[:, part].gather(2, index.expand(x.shape[0], -1, -1))
         return x @ logits.softmax(2).mT
 
-    return by_pieces(rows, positions, len(x) * positions, 2)
+    return by_pieces(rows, positions, x.shape[0] * positions, 2)
 
 
 def distribute(x: Tensor, maps: Tensor, size: Sequence[int], mask: Sequence[int]) -> Tensor:
@@ -40,10 +40,10 @@ def distribute(x: Tensor, maps: Tensor, size: Sequence[int], mask: Sequence[int]
 
     def rows(part: slice) -> Tensor:
         index = _entry(size, mask, part, -1, x.device).mT
-        logits = others.gather(2, index.expand(len(x), -1, -1))
+        logits = others.gather(2, index.expand(x.shape[0], -1, -1))
         return x @ logits.softmax(1)
 
-    return by_pieces(rows, positions, len(x) * positions, 2)
+    return by_pieces(rows, positions, x.shape[0] * positions, 2)
 
 
 def _padded(maps: Tensor) -> Tensor:

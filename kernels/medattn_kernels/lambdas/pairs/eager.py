@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medattn_kernels._chunk import chunk_size
+from medattn_kernels._select import without_autocast
 from medattn_kernels.lambdas.order import Shape, box_sides, reach
 
 Box = tuple[slice, ...]
@@ -20,7 +21,7 @@ Box = tuple[slice, ...]
 def run_forward(q: Tensor, content: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """Output [B, *size, H, V]; content: [B, K, V], the first lambda; table: cropped. In the inputs' dtype."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for piece in _Cut(q, v, table).pieces():
             by_content = piece.queries @ piece.of_batch(content)
             piece.write(out, torch.baddbmm(by_content, piece.weights(), piece.values))
@@ -32,7 +33,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, content, v and the table, summed in float32 at least, that of the table in float64."""
     dq, dcontent = torch.empty_like(q), torch.zeros_like(content)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         cut = _Cut(q, v, table)
         dv, dtable = torch.zeros_like(v, dtype=cut.dtype), torch.zeros_like(cut.table, dtype=torch.float64)
         for piece in cut.pieces():
