@@ -88,7 +88,7 @@ def box_plots(organs: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequen
         _box_panel(ax, title, values)
     axes[0].set_yticks(range(len(organs)), organs)
     axes[0].set_ylim(len(organs) - 0.4, -0.6)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _box_panel(ax: Axes, title: str, values: Sequence[Sequence[float]]) -> None:
@@ -124,7 +124,7 @@ def _box_panel(ax: Axes, title: str, values: Sequence[Sequence[float]]) -> None:
         ax.set_xlim(0, max(everything) * 1.03 or 1.0)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """An SVG element to put into HTML: real text, no XML prologue, colours from the page."""
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "medattn", "font.family": "sans-serif"}):

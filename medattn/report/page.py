@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from medattn.metrics.scores import METRICS, mean_over_organs
@@ -35,15 +35,7 @@ class Cell:
 
 def render(evaluation: Evaluation, overlays: Sequence[Overlay]) -> str:
     """The report as HTML text without any reference to another file or address."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(number=number, cell=cell)
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         evaluation=evaluation,
         counts=evaluation.counts,
         metrics=METRICS,
@@ -55,6 +47,19 @@ def render(evaluation: Evaluation, overlays: Sequence[Overlay]) -> str:
         comparison=_comparison(evaluation),
         tolerances=_tolerances(evaluation),
     )
+
+
+def template(name: str) -> Template:
+    """A page's template; what it fills in is escaped, and a misspelt variable is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(number=number, cell=cell)
+    return environment.get_template(name)
 
 
 def number(value: float | None, metric: str = "dice") -> str:

@@ -81,8 +81,10 @@ def load_checkpoint(
 def keep_weights(path: Path, network: nn.Module) -> None:
     """Write a network's weights, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # contiguous: safetensors refuses weights that lie channels-last
+    weights = {name: w.detach().cpu().contiguous() for name, w in network.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}, temporary)
+        save_file(weights, temporary)
 
 
 @contextmanager

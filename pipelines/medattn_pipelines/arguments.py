@@ -108,24 +108,45 @@ def predict(parser: ArgumentParser) -> None:
 
 
 def evaluate(parser: ArgumentParser) -> None:
-    """--prediction --reference --output --baseline --task --labels --workers"""
+    """--prediction --reference --output --task --baseline --labels --workers --real --ground-truth"""
     parser.add_argument(
-        "--prediction", type=Path, required=True, metavar="P", help="folder of <case>.nii.gz with labels.json"
+        "--prediction",
+        type=Path,
+        required=True,
+        metavar="P",
+        help="folder of <case>.nii.gz with labels.json; of images, one of predictions.csv with classes.json, "
+        "or that table",
     )
     parser.add_argument(
         "--reference",
         type=Path,
         required=True,
         metavar="R",
-        help="folder of case folders with label.nii.gz, or of <case>.nii.gz, with labels.json",
+        help="folder of case folders with label.nii.gz, or of <case>.nii.gz, with labels.json; of images, a "
+        "folder per class, named by wnid",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
-    parser.add_argument("--baseline", type=Path, metavar="P2", help="another prediction to compare with")
     parser.add_argument(
-        "--task", choices=("volumes",), default="volumes", help="what the folders hold (default: %(default)s)"
+        "--task",
+        choices=("volumes", "classification"),
+        default="volumes",
+        help="what the folders hold (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="P2", help="another prediction to compare with; volumes only"
     )
     _label_set(parser)
     _workers(parser)
+    images = parser.add_argument_group("with --task classification")
+    images.add_argument(
+        "--real", type=Path, metavar="FILE", help="ImageNet's reassessed labels, real.json, to score as well"
+    )
+    images.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="FILE",
+        help="classes of a flat folder of images: lines `file wnid`, or the data folder of ImageNet's devkit",
+    )
 
 
 def export(parser: ArgumentParser) -> None:
@@ -141,7 +162,10 @@ def export(parser: ArgumentParser) -> None:
 
 
 def networks(parser: ArgumentParser) -> None:
-    """--json"""
+    """[PATTERN] --json"""
+    parser.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, such as 'xcit_*' (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list for programs")
 
 

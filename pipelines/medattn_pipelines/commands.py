@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from medattn.errors import InputError
 from medattn_pipelines import arguments
 
 if TYPE_CHECKING:
     from medattn.data.check import Checkup
+    from medattn_pipelines.imageconfig import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,17 @@ def check(args: Namespace) -> int:
 
 def train(args: Namespace) -> int:
     """Train; 0 also when SIGTERM ended it, which is how a scheduler asks, and 2 when Ctrl-C did."""
-    from medattn_pipelines.configfile import load
+    from medattn_pipelines.configfile import load_any
 
-    config = load(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    config = load_any(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    if config.task == "classification":
+        return _train_images(config, args)
     from medattn_pipelines.progress import print_scores
     from medattn_pipelines.volumes import train as train_volumes
 
     done = train_volumes(config, resume=args.resume, overwrite=args.overwrite)
     if done.evaluation is None:
-        print(f"stopped by {done.reason} at step {done.step}; the same command with --resume continues it")
-        return 0 if done.reason == "SIGTERM" else 2
+        return _stopped(done.reason, done.step)
     print_scores("Validation cases", done.evaluation.summary)
     print(f"segmentations: {done.run / 'predictions'} (.nii.gz, and .seg.nrrd for 3D Slicer)")
     print(f"model:         {done.run / 'model'}")
@@ -105,8 +108,35 @@ def train(args: Namespace) -> int:
     return 0
 
 
+def _train_images(config: ImageConfig, args: Namespace) -> int:
+    from medattn_pipelines.classification import train as train_images
+    from medattn_pipelines.image_evaluation import print_summary, print_unreadable
+
+    done = train_images(config, resume=args.resume, overwrite=args.overwrite)
+    print_unreadable("training images that cannot be decoded and were replaced", done.skipped)
+    if done.evaluation is None:
+        return _stopped(done.reason, done.step)
+    print_summary("Validation images", done.evaluation)
+    print(f"predictions: {done.run / 'predictions' / 'predictions.csv'}")
+    print(f"model:       {done.run / 'model'}")
+    print(f"report:      {done.run / 'report' / 'report.html'}")
+    return 0
+
+
+def _stopped(reason: str, step: int) -> int:
+    print(f"stopped by {reason} at step {step}; the same command with --resume continues it")
+    return 0 if reason == "SIGTERM" else 2
+
+
 def predict(args: Namespace) -> int:
-    """Segment volumes."""
+    """Segment volumes, or classify images: what the model does."""
+    from medattn.modelfolder import CLASSIFICATION, model_task
+
+    if model_task(args.model) == CLASSIFICATION:
+        from medattn_pipelines.image_prediction import predict as predict_images
+
+        print(f"predictions: {predict_images(args.model, args.inputs, args.output, device=args.device)}")
+        return 0
     from medattn_pipelines.prediction import predict as predict_volumes
 
     predict_volumes(args.model, args.inputs, args.output, export=args.export, device=args.device)
@@ -116,6 +146,13 @@ def predict(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     """Score predictions, print the means and write the report."""
+    if args.task == "classification":
+        return _evaluate_images(args)
+    if given := [name for name in ("real", "ground_truth") if getattr(args, name) is not None]:
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: found with --task {args.task}, expected with --task "
+            "classification alone; leave it out or give that task"
+        )
     from medattn_pipelines.evaluation import evaluate as evaluate_folders
     from medattn_pipelines.progress import case_progress, print_scores
 
@@ -130,6 +167,22 @@ def evaluate(args: Namespace) -> int:
             on_case=tick,
         )
     print_scores(f"{args.prediction} against {args.reference}", evaluation.summary)
+    print(f"report: {args.output / 'report.html'}")
+    return 0
+
+
+def _evaluate_images(args: Namespace) -> int:
+    from medattn_pipelines.image_evaluation import evaluate as evaluate_images
+    from medattn_pipelines.image_evaluation import print_summary
+
+    if args.baseline is not None:
+        raise InputError(
+            "--baseline: found with --task classification, expected with --task volumes alone; leave it out"
+        )
+    evaluation = evaluate_images(
+        args.prediction, args.reference, args.output, real=args.real, ground_truth=args.ground_truth
+    )
+    print_summary(f"{args.prediction} against {args.reference}", evaluation)
     print(f"report: {args.output / 'report.html'}")
     return 0
 
@@ -153,23 +206,34 @@ def export(args: Namespace) -> int:
 def networks(args: Namespace) -> int:
     """List networks with their families and parameter counts; nothing is allocated."""
     from medattn.networks import names
-    from medattn.networks.registry import family
+    from medattn.networks.registry import family, task_of
     from medattn_pipelines.progress import print_table
 
-    rows = [(name, family(name), _parameters(name, 2), _parameters(name, 3)) for name in names()]
+    rows = [(name, family(name), task_of(name), *_counts(name)) for name in names(args.pattern)]
     if args.json:
-        keys = ("name", "family", "parameters_2d", "parameters")
+        keys = ("name", "family", "task", "parameters_2d", "parameters")
         # of networks for images alone, which have no count in 3D, that in 2D
-        found = [dict(zip(keys, (*row[:3], row[3] or row[2]), strict=True)) for row in rows]
+        found = [dict(zip(keys, (*row[:4], row[4] or row[3]), strict=True)) for row in rows]
         print(json.dumps(found, indent=1))
     else:
-        header = ("name", "family", "parameters in 2D", "in 3D (1 channel in, 8 out)")
-        print_table("", header, [tuple("-" if cell is None else cell for cell in row) for row in rows])
+        header = ("name", "family", "task", "parameters in 2D", "in 3D")
+        print_table("", header, rows)
+        print("parameters: of segmentation with 1 channel in and 8 out, of classification with 1000 classes")
     return 0
 
 
-def _parameters(name: str, spatial_dims: int) -> int | None:
-    """How many a network has with one channel in and eight out; None if it is not made for so many axes."""
+def _counts(name: str) -> tuple[int | None, int | None]:
+    """Parameters in 2D and in 3D; None where a network is not made for so many axes."""
+    from medattn.networks.registry import task_of
+
+    if task_of(name) == "classification":
+        return _parameters(name), None
+    options = {"in_channels": 1, "out_channels": 8}
+    return _parameters(name, spatial_dims=2, **options), _parameters(name, spatial_dims=3, **options)
+
+
+def _parameters(name: str, **options: int) -> int | None:
+    """How many a network has; None if it is not made with these options."""
     import torch
 
     from medattn.errors import InputError
@@ -177,7 +241,7 @@ def _parameters(name: str, spatial_dims: int) -> int | None:
 
     try:
         with torch.device("meta"):
-            network = create(name, spatial_dims=spatial_dims, in_channels=1, out_channels=8)
+            network = create(name, **options)
     except InputError:
         return None
     return sum(weight.numel() for weight in network.parameters())
@@ -278,10 +342,11 @@ COMMANDS = {
         predict,
     ),
     "evaluate": Command(
-        "Compare segmentations with references: Dice, surface distances, volumes, report.",
+        "Compare predictions with references: overlap and distances of organs, accuracy of classes, report.",
         (
             "medattn evaluate --prediction out --reference data/hn_ct --output report",
             "medattn evaluate --prediction out --reference data/hn_ct --output report --baseline other",
+            "medattn evaluate --task classification --prediction out --reference images/val --output report",
         ),
         arguments.evaluate,
         evaluate,
@@ -294,7 +359,7 @@ COMMANDS = {
     ),
     "networks": Command(
         "List the networks: names, families, parameter counts.",
-        ("medattn networks", "medattn networks --json"),
+        ("medattn networks", "medattn networks 'unet_*'", "medattn networks --json"),
         arguments.networks,
         networks,
     ),

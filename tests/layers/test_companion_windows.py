@@ -162,7 +162,7 @@ def _focal(block: FocalBlock, x: Tensor, heads: int, w: int, e: int, f: int) -> 
     ]
     bias = [torch.stack([torch.stack(row) for row in own]).movedim(-1, 0)]
     if e:
-        bias.append(state["attn.relative_position_bias_table_to_neighbors"][0])
+        bias.append(state["attn.relative_position_bias_table_to_neighbors"].flatten(0, -3))
     if f:
         around, table = list(itertools.product(range(f), repeat=axes)), w + f - 1
         far = torch.tensor([[_index(_minus(a, b), f - 1, table) for b in around] for a in inside])

@@ -6,7 +6,7 @@ Which attention is a value: a function from channels to a module. The network pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medattn.errors import InputError
+from medattn.layers.attention import MakeAttention
 
 Stride = tuple[int, ...]
-MakeAttention = Callable[[int, int], nn.Module]
 
 BACKGROUND_LOGIT = 4.0  # nearly all voxels are background: start from that prior (Lin et al. 2017)
 WIDTHS = (16, 32, 64, 128, 256, 320)  # half of nnU-Net's: more steps in the same time

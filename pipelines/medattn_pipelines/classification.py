@@ -1,0 +1,262 @@
+"""Training on images, end to end: images of classes in; model, predictions and report out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medattn import __version__
+from medattn.atomic import write_text
+from medattn.classifier import ImageCard, load_classifier, save_classifier
+from medattn.data.images.classes import Classes
+from medattn.data.images.reading import Skipped
+from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingImages
+from medattn.errors import InputError
+from medattn.networks.registry import task_of
+from medattn.report.classification import ImageEvaluation
+from medattn.training.checkpoint import keep_weights, load_checkpoint, save_checkpoint
+from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
+from medattn.training.optimizers import make_optimizer
+from medattn.training.tracking import Tracker
+from medattn_pipelines.configfile import dump, flatten
+from medattn_pipelines.image_evaluation import evaluate_source
+from medattn_pipelines.image_inputs import evaluation_transform, memory_format, read_images, training_batches
+from medattn_pipelines.image_prediction import Classifier
+from medattn_pipelines.imageconfig import ImageConfig
+from medattn_pipelines.prediction_table import Prediction, write_predictions
+from medattn_pipelines.progress import case_progress, training_progress
+from medattn_pipelines.record import Record
+from medattn_pipelines.runs import choose_device, choose_precision, open_run
+
+LossOf = Callable[[nn.Module, ImageBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind.
+
+    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
+    images, None where a signal ended the training before it was complete. skipped: training images that could
+    not be decoded.
+    """
+
+    run: Path
+    reason: str
+    step: int
+    evaluation: ImageEvaluation | None
+    skipped: Sequence[Skipped] = ()
+
+
+def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False) -> Trained:
+    """Train a classifier and report on the validation images.
+
+    The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
+    model/, predictions/ and report/. Raises InputError for unusable data, for a run folder that exists
+    (unless resume or overwrite) and when training diverges.
+    """
+    started = time.monotonic()
+    run = open_run(config, resume=resume, overwrite=overwrite)
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device)
+    images, validation = read_images(config)
+    card = describe_model(config, images.source.classes)
+    torch.manual_seed(config.seed)
+    network = card.build()
+    if config.network.weights is not None:
+        start_from(config.network.weights, network)
+    network = to_device(network, device, config)
+    averaged = averaged_model(network, config.training.ema_decay)
+    training = config.training
+    optimizer = make_optimizer(
+        training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
+    )
+    state = State()
+    if resume:
+        load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
+    write_text(run / "config.yaml", dump(config))
+    begun = time.monotonic()
+    look = Classifier(card, averaged.module, device, precision, config.data.workers)
+    look.top1(validation, most=1)  # shows now, not in an hour, that images and memory suffice
+    batches = -(-len(validation.source) // validation.batch_size)
+    reserve_seconds = RESERVE * batches * (time.monotonic() - begun)
+    limits = make_limits(config, images)
+    skipped: dict[str, Skipped] = {}
+    with (
+        Tracker(
+            run,
+            name=run.name,
+            parameters=flatten(config),
+            mirror=config.run.tracking,
+            resume_step=state.step if resume else None,
+        ) as tracker,
+        training_progress(limits.steps) as show,
+    ):
+        record = Record(tracker, show, state, training.log_every, score="top-1")
+        reason = fit(
+            torch.compile(network) if training.compile else network,  # type: ignore[arg-type]
+            _noted(training_batches(config, images, device, state.step), skipped),
+            loss_function(config, card, device, precision),
+            optimizer,
+            make_schedule(config, images),
+            averaged=averaged,
+            state=state,
+            limits=limits,
+            clip=training.gradient_clip,
+            on_step=record.step,
+            validate=lambda: record.validation(*look.top1(validation)),
+            keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
+            save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
+            started=started,
+            reserve_seconds=reserve_seconds,
+            accumulate=training.accumulate,
+        )
+        evaluation = None
+        if reason.startswith("SIG"):
+            tracker.close("killed")
+        else:
+            evaluation = finish(config, run, card, state, validation, look)
+            tracker.artifact(run / "report")
+            tracker.artifact(run / "model")
+    return Trained(run, reason, state.step, evaluation, list(skipped.values()))
+
+
+def _noted(batches: Iterable[ImageBatch], skipped: dict[str, Skipped]) -> Iterator[ImageBatch]:
+    """The batches; what could not be decoded for them is added to `skipped`."""
+    for batch in batches:
+        skipped.update((image.name, image) for image in batch.skipped)
+        yield batch
+
+
+def describe_model(config: ImageConfig, classes: Classes) -> ImageCard:
+    """All of a model but its weights. Raises InputError for a network that does not classify images."""
+    name = config.network.name
+    if task_of(name) != "classification":
+        raise InputError(
+            f"network.name: {name!r} segments volumes and does not classify images; "
+            "`medattn networks` lists what each network is made for"
+        )
+    options = {"image_size": config.image_size} | config.network.options
+    card = ImageCard(name, options, classes, evaluation_transform(config))
+    with torch.device("meta"):
+        card.build()  # a wrong option shows now
+    return card
+
+
+def start_from(folder: Path, network: nn.Module) -> None:
+    """Load the weights of another model, its last layer aside where the classes are others.
+
+    Raises InputError where anything else does not fit.
+    """
+    _, source = load_classifier(folder)
+    weights, expected = source.state_dict(), network.state_dict()
+    apart = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
+    if wrong := [name for name in apart if not name.startswith("head")]:
+        raise InputError(
+            f"{folder}: {len(wrong)} weights do not fit network.name ({', '.join(wrong[:5])}); "
+            "give a model of the same network and options"
+        )
+    network.load_state_dict({n: w for n, w in weights.items() if n not in apart}, strict=False)
+
+
+def to_device(network: nn.Module, device: torch.device, config: ImageConfig) -> nn.Module:
+    """The network on the device, its channels innermost if the config says so."""
+    return network.to(device=device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
+
+
+def make_limits(config: ImageConfig, images: TrainingImages) -> Limits:
+    """When the loop stops and what it does in between; epochs in steps."""
+    training, epoch = config.training, _steps_per_epoch(config, images)
+    return Limits(
+        steps=training.steps or max(1, round(training.epochs * epoch)),
+        max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
+        patience=training.patience,
+        validate_every=training.validate_every or max(1, round(epoch)),
+        save_every=training.save_every or max(1, round(epoch)),
+    )
+
+
+def make_schedule(config: ImageConfig, images: TrainingImages) -> Schedule:
+    """The learning rate."""
+    training = config.training
+    warmup = round(training.warmup_epochs * _steps_per_epoch(config, images))
+    return Schedule(training.learning_rate, warmup, training.schedule, training.floor)
+
+
+def _steps_per_epoch(config: ImageConfig, images: TrainingImages) -> float:
+    return images.steps_per_epoch / config.training.accumulate
+
+
+def loss_function(
+    config: ImageConfig, card: ImageCard, device: torch.device, precision: torch.dtype
+) -> LossOf:
+    """Cross entropy with soft targets, and with a teacher's answers where there is one; in float32."""
+    settings = config.distillation
+    teacher = None
+    if settings.teacher is not None:
+        teacher_card, loaded = load_classifier(settings.teacher)
+        if teacher_card.classes.wnids != card.classes.wnids:
+            raise InputError(
+                f"{settings.teacher}: the teacher was trained on other classes than data.root has"
+            )
+        teacher = to_device(loaded, device, config).eval().requires_grad_(False)
+
+    def loss_of(network: nn.Module, batch: ImageBatch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            logits = network(batch.image)
+            with torch.no_grad():
+                taught = None if teacher is None else teacher(batch.image).float()
+        loss = F.cross_entropy(logits.float(), batch.target)
+        if taught is None:
+            return loss
+        second = distillation_loss(logits.float(), taught, settings.kind, settings.temperature)
+        return (1 - settings.weight) * loss + settings.weight * second
+
+    return loss_of
+
+
+def distillation_loss(logits: Tensor, taught: Tensor, kind: str, temperature: float) -> Tensor:
+    """Against a teacher's logits: cross entropy with its best class ("hard", Touvron et al. 2021), or the
+    divergence from its softened probabilities times temperature^2 ("soft", Hinton et al. 2015)."""
+    if kind == "hard":
+        return F.cross_entropy(logits, taught.argmax(1))
+    log_p, log_q = (x.div(temperature).log_softmax(1) for x in (logits, taught))
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def finish(
+    config: ImageConfig,
+    run: Path,
+    card: ImageCard,
+    state: State,
+    validation: EvaluationImages,
+    look: Classifier,
+) -> ImageEvaluation:
+    """Write model/ from the best weights, classify the validation images with it and report."""
+    provenance = {
+        "medattn": __version__,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "validation_top1": state.best,
+        "seconds": round(state.seconds),
+        "validation_images": len(validation.source),
+    }
+    best = load_file(run / "checkpoints/best.safetensors")
+    save_classifier(run / "model", replace(card, provenance=provenance), best)
+    card, network = load_classifier(run / "model")
+    final = Classifier(card, network, look.device, look.precision, config.data.workers)
+    with case_progress("Classifying", len(validation.source)) as on_image:
+        rows = list(_relative(final.predictions(validation, on_image), config.data.root))
+    write_predictions(run / "predictions", rows, card.classes)
+    return evaluate_source(run / "predictions", validation.source, config.data.root, run / "report")
+
+
+def _relative(rows: Iterable[Prediction], root: Path) -> Iterator[Prediction]:
+    return ((os.path.relpath(case, root), best) for case, best in rows)
