@@ -110,5 +110,5 @@ def _bars(ax: Axes, bins: Sequence[Bin], heights: Sequence[float]) -> None:
     ax.set_xlabel("confidence: probability of the best class", fontsize=9, color=INK)
     ax.grid(color=SOFT, linewidth=0.7)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=9, length=0)
+    ax.tick_params(colors=INK, labelsize=9, length=0, pad=6)
     ax.spines[:].set_visible(False)

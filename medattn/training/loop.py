@@ -103,8 +103,8 @@ def fit(
     started: `time.monotonic()` at the start of the command, which max_seconds counts from. reserve_seconds:
     how much of that the last validation is expected to take; each validation measures it anew.
     batches: from `state.step` on, `accumulate` of them for each step. validate: a score, higher is better, of
-    `averaged`. `save` is called every `save_every` steps and once at the end, also after SIGTERM or Ctrl-C, so
-    that a run can go on from there.
+    `averaged`. `save` is called every `save_every` steps and once at the end, also after SIGTERM or Ctrl-C,
+    so that a run can go on from there.
 
     Raises InputError with step and case names for a loss or gradient that is not finite.
     """

@@ -6,6 +6,46 @@ from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 SEGMENTATION_FORMATS = ("seg.nrrd",)
+CONVERT_NAMES = (
+    *("cerr-block-unet", "timm", "xcit", "axial-deeplab", "lambda-d-li14", "lesa", "focal"),
+    "eamlp",
+)
+CONVERT_SOURCES = """\
+Nothing in a checkpoint is run: a file that needs code to be read is refused.
+
+sources:
+  cerr-block-unet  head-and-neck CT model of Jiang et al. 2019: a state dict of cerr/CT_HeadAndNeck_OARs
+  timm             image networks of timm: HaloNets, LambdaResNets, XCiT, ResNets
+  xcit             XCiT, of facebookresearch/xcit
+  axial-deeplab    Axial-ResNet, of csrhddlam/axial-deeplab
+  lambda-d-li14    LambdaResNets, of d-li14/lambda.pytorch
+  lesa             ResNets with LESA, of Chenglin-Yang/LESA_classification
+  focal            Focal Transformers, of microsoft/Focal-Transformer
+  eamlp            EAMLP, of MenghaoGuo/EANet
+
+options of cerr-block-unet, which its weights do not tell, with the values of the released code:
+  placement=penultimate      where attention stands: penultimate, last or none
+  --organs                   known for the released weights with 12 outputs alone, whose channels 1 to 11 are
+                             Parotid_L Parotid_R Glnd_Submand_L Glnd_Submand_R background background
+                             Bone_Mandible SpinalCord Brainstem Cavity_Oral background
+  --spacing-mm 1 1 2.5       in plane; it keeps the slice spacing of a scan, so give that of yours
+  --window-hu -85 265
+  --labels hn_oar            packaged label set or the path of a label-set YAML
+
+The released code crops each slice to 256 x 256 around the body. The model runs overlapping tiles of that
+size instead, so segmentations of wide scans differ from it.
+
+options of the others; without the last five, images are seen as the source evaluates that network:
+  network=NAME               one of `medattn networks`; a wrong one is answered with those of the source
+  options={}                 further ones of the network by name, where the weights need them: '{heads: 4}'
+  classes=FILE               of the outputs: lines `wnid name`, or JSON {wnid: name}; numbers without it
+  image_size=224             side of the network's input, for which its tables of positions are as well
+  crop_ratio=0.875           that side over the shorter side of the resized image
+  interpolation=bicubic      or bilinear
+  mean=[0.485, 0.456, 0.406] of red, green and blue in 0 to 1, and their deviations:
+  std=[0.229, 0.224, 0.225]
+
+How a network is evaluated is not always published; a view that was assumed is printed as such."""
 
 
 def phantom(parser: ArgumentParser) -> None:
@@ -171,7 +211,7 @@ def networks(parser: ArgumentParser) -> None:
 
 def convert(parser: ArgumentParser) -> None:
     """SOURCE CHECKPOINT OUT [option=value ...] --organs --spacing-mm --window-hu --labels"""
-    parser.add_argument("source", choices=("cerr-block-unet",), metavar="SOURCE", help="see below")
+    parser.add_argument("source", choices=CONVERT_NAMES, metavar="SOURCE", help="see below")
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="file of torch.save or safetensors"
     )
@@ -181,7 +221,7 @@ def convert(parser: ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="option=value",
-        help="what the weights do not tell, such as placement=last; the value is YAML",
+        help="what the weights do not tell, such as network=halonet26t; the value is YAML",
     )
     # None where absent: a source takes those that it has, and names any other as unknown
     parser.add_argument(

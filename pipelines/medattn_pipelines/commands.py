@@ -274,24 +274,6 @@ kinds:
   nnunet   nnU-Net's raw layout: dataset.json, imagesTr/, labelsTr/
   openkbp  the public OpenKBP layout: a folder per patient with ct.csv, voxel_dimensions.csv, <organ>.csv"""
 
-CONVERT_SOURCES = """\
-Nothing in a checkpoint is run: a file that needs code to be read is refused.
-
-sources:
-  cerr-block-unet  head-and-neck CT model of Jiang et al. 2019: a state dict of cerr/CT_HeadAndNeck_OARs
-
-options of cerr-block-unet, which its weights do not tell, with the values of the released code:
-  placement=penultimate      where attention stands: penultimate, last or none
-  --organs                   known for the released weights with 12 outputs alone, whose channels 1 to 11 are
-                             Parotid_L Parotid_R Glnd_Submand_L Glnd_Submand_R background background
-                             Bone_Mandible SpinalCord Brainstem Cavity_Oral background
-  --spacing-mm 1 1 2.5       in plane; it keeps the slice spacing of a scan, so give that of yours
-  --window-hu -85 265
-  --labels hn_oar            packaged label set or the path of a label-set YAML
-
-The released code crops each slice to 256 x 256 around the body. The model runs overlapping tiles of that
-size instead, so segmentations of wide scans differ from it."""
-
 CHECK_CODES = """\
 exit code: 0 without errors (warnings and notes may remain), 1 with errors, 2 if the folder cannot be read"""
 
@@ -370,9 +352,13 @@ COMMANDS = {
             "medattn convert cerr-block-unet six.pth models/six placement=last --organs Parotid_L Parotid_R "
             "Glnd_Submand_L Glnd_Submand_R Bone_Mandible Brainstem",
             "medattn predict models/block_unet scan.nii.gz --output out",
+            "medattn convert timm halonet26t.pth models/halonet26t network=halonet26t classes=classes.json",
+            "medattn convert lambda-d-li14 lambda.pth models/lambda network=lambda_resnet50 "
+            "options='{depth: 4}'",
+            "medattn predict models/halonet26t photo.jpg --output out",
         ),
         arguments.convert,
         convert,
-        lambda: CONVERT_SOURCES,
+        lambda: arguments.CONVERT_SOURCES,
     ),
 }

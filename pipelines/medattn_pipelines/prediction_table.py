@@ -62,7 +62,12 @@ def columns(classes: int) -> list[str]:
 
 
 def table_path(prediction: Path) -> Path:
-    """The table in a folder of predictions, or the table itself."""
+    """The table in a folder of predictions, or the table itself. Raises InputError where neither is."""
+    if not prediction.exists():
+        raise InputError(
+            f"{prediction}: no such folder, expected one with {TABLE} and {CLASSES}, as `medattn predict` "
+            "writes it; correct the path"
+        )
     return prediction / TABLE if prediction.is_dir() else prediction
 
 
@@ -138,7 +143,7 @@ def _rows(path: Path, expected: Sequence[str]) -> Iterator[tuple[int, list[str]]
     try:
         # -sig: spreadsheets put a mark before the first column
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval="")
+            reader = csv.DictReader(file, restval="")
             found = reader.fieldnames or []
             if missing := [column for column in expected if column not in found]:
                 raise InputError(
@@ -146,7 +151,7 @@ def _rows(path: Path, expected: Sequence[str]) -> Iterator[tuple[int, list[str]]
                     f"expected {', '.join(expected)}"
                 )
             for row in reader:
-                yield reader.line_num, [""] if "" in row else [row[column] for column in expected]
+                yield reader.line_num, [""] if None in row else [row[column] for column in expected]
     except (OSError, csv.Error) as error:
         raise InputError(
             f"{path}: cannot be read ({error}), expected a table as `medattn predict` writes it; "

@@ -22,9 +22,11 @@ from medattn.io import read_volume
 from medattn.networks import create
 from medattn.segmenter import load_model
 from medattn.weights import read_weights
+from medattn_pipelines.arguments import CONVERT_NAMES, CONVERT_SOURCES
 from medattn_pipelines.cli import main
-from medattn_pipelines.commands import COMMANDS, CONVERT_SOURCES
-from medattn_pipelines.convert import RELEASED, SOURCES
+from medattn_pipelines.commands import COMMANDS
+from medattn_pipelines.convert import SOURCES
+from medattn_pipelines.convert_volumes import RELEASED
 
 Makes = Callable[..., dict[str, Tensor]]
 SIX = ["Parotid_L", "Parotid_R", "Glnd_Submand_L", "Glnd_Submand_R", "Bone_Mandible", "Brainstem"]
@@ -310,12 +312,13 @@ def test_what_exists_is_kept(seven: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_every_source_and_option_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(SOURCES) == CONVERT_NAMES
     for source, entry in SOURCES.items():
         assert f"  {source} " in CONVERT_SOURCES
         for option in entry.options.model_fields:
             assert f"  {option}=" in CONVERT_SOURCES or f"  --{option.replace('_', '-')} " in CONVERT_SOURCES
     with pytest.raises(SystemExit):
-        main(["convert", "timm", "a.pth", "out"])
+        main(["convert", "nowhere", "a.pth", "out"])
     listed = capsys.readouterr().err
     assert all(source in listed for source in SOURCES)
     assert COMMANDS["convert"].notes() == CONVERT_SOURCES

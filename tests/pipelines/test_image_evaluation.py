@@ -113,6 +113,16 @@ def test_a_file_name_that_several_images_have_means_none() -> None:
     ]
 
 
+def test_columns_that_others_add_do_no_harm(tmp_path: Path, reference: Path) -> None:
+    """Such as the unnamed one of pandas, in front of a mark of where the text begins."""
+    lines = (
+        f"{number},{name},{','.join(f'{wnid},{p}' for wnid, p in best)},new"
+        for number, (name, best) in enumerate(ROWS)
+    )
+    folder = table(tmp_path / "P", *lines, head=f"\ufeff,{','.join(columns(3))},note")
+    assert evaluate(folder, reference, tmp_path / "out").top1 == 0.75
+
+
 def test_more_classes_than_the_reference_has_are_fine(tmp_path: Path, reference: Path) -> None:
     many = Classes.of([*CLASSES.wnids, *(f"n{number}" for number in range(4, 10))])
     rest = [("n5", 0.0), ("n6", 0.0)]
@@ -237,7 +247,12 @@ def binary(folder: Path) -> None:
     (folder / "predictions.csv").write_bytes(bytes(range(256)) * 4)
 
 
+def nowhere(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
 BAD_FILES = {
+    nowhere: r"P: no such folder, expected one with predictions\.csv and classes\.json",
     empty: r"no column image, class_1, .* found an empty file; expected image",
     headed: r"no image in it, expected one row per image",
     narrow: r"no column class_2, probability_2, class_3, probability_3, found image, class_1, probability_1",
