@@ -181,14 +181,19 @@ def _relative(value: float, base: float, form: str) -> str:
 
 
 def write(out: Path, title: str, rows: Sequence[Sequence[str]]) -> None:
-    """The table as Markdown and as CSV, and on the terminal in two halves."""
+    """The table as Markdown and as CSV; on the terminal, where it would be too wide, Dice and then ratios."""
     lines = [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     write_text(out / "methods.md", "\n".join([title, "", *lines, ""]))
     with (out / "methods.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
     cut = rows[0].index("training min")
-    print_table(title, rows[0][:cut], [row[:cut] for row in rows[1:]])
-    print_table("", ["method", *rows[0][cut:]], [[row[0], *row[cut:]] for row in rows[1:]])
+    dice = [[cell.split(" (")[0] for cell in row[:cut]] for row in rows]
+    ratios = [[cell.split("(")[-1].rstrip(")") for cell in row[cut:]] for row in rows[1:]]
+    print_table(title, dice[0], dice[1:])
+    first = f"of {rows[1][0]}'s"
+    print_table(
+        "", [first, *rows[0][cut:]], [[row[0], *cells] for row, cells in zip(rows[1:], ratios, strict=True)]
+    )
     print(f"table: {out / 'methods.md'} and methods.csv")
 
 
