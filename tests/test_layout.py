@@ -85,8 +85,11 @@ def public_without_docstring(body: list[ast.stmt], prefix: str = "") -> Iterator
 
 
 def _needs_none(node: ast.stmt) -> bool:
-    """`forward` is described by its class."""
-    return isinstance(node, Function) and node.name == "forward"
+    """`forward` is described by its class, and overloads by the function that they are of."""
+    if not isinstance(node, Function):
+        return False
+    overload = any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
+    return node.name == "forward" or overload
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -76,8 +76,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, h, w, C] -> [B, h, w, C]."""
-        out: Tensor = x + self.drop_path(self.gamma * self.inner(self.norm(x)))
-        return out
+        return torch.addcmul(x, self.gamma, self.drop_path(self.inner(self.norm(x))))  # one pass, not two
 
 
 class ClassAttention(nn.Module):

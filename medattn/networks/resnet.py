@@ -135,7 +135,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, inputs, h, w] -> [B, outputs, h / stride, w / stride]."""
         residual = self.drop_path(self.excite(self.expand(self.mix(self.reduce(x)))))
-        out: Tensor = self.act(residual + self.shortcut(x))
+        residual += self.shortcut(x)  # no pass backward reads what a norm, a gate or drop path gave
+        out: Tensor = self.act(residual)
         return out
 
 

@@ -66,9 +66,10 @@ def _validated(source: str, given: Mapping[str, Any]) -> Section:
         problems = []
         for detail in error.errors(include_url=False):
             name = ".".join(map(str, detail["loc"]))
-            near = difflib.get_close_matches(name, kind.model_fields, n=1) or [", ".join(kind.model_fields)]
+            near = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(kind.model_fields)}"
             reason = str(detail.get("ctx", {}).get("error") or f"{detail['msg']} (got {detail['input']!r})")
             if detail["type"] == "extra_forbidden":
-                reason = f"{source} has no such option; did you mean {near[0]}?"
+                reason = f"{source} has no such option; {hint}"
             problems.append(f"option {name}: {reason}")
         raise InputError(*problems) from None

@@ -17,6 +17,7 @@ from medattn.data.images.reading import ImageSource
 from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingImages
 from medattn.data.images.shards import Shards
 from medattn.data.images.transforms import ColourJitter, EvaluationTransform, TrainingTransform
+from medattn.errors import InputError
 from medattn_pipelines.imageconfig import ImageConfig
 
 
@@ -45,10 +46,17 @@ def read_images(config: ImageConfig) -> tuple[TrainingImages, EvaluationImages]:
 
 
 def _source(path: Path, classes: Classes | None, config: ImageConfig) -> ImageSource:
-    if path.suffix != ".tar":
-        return image_folder(path, classes)
-    classes = classes or read_classes(config.data.root / "classes.json")
-    return Shards.open(str(path), classes, cache=config.run_dir.parent / "shards")
+    """classes: those of the training images; None for the training images themselves."""
+    named = None if config.data.classes is None else read_classes(config.data.classes)
+    if path.suffix == ".tar":
+        if (classes := classes or named) is None:
+            raise InputError(f"{path}: shards hold class numbers only; give the class list as data.classes")
+        return Shards.open(str(path), classes, cache=config.run_dir.parent / "shards")
+    source = image_folder(path, classes)
+    if classes is not None or named is None:
+        return source
+    names = dict(zip(named.wnids, named.names, strict=True))
+    return replace(source, classes=Classes.of(source.classes.wnids, names))
 
 
 def training_transform(config: ImageConfig) -> TrainingTransform:

@@ -27,6 +27,9 @@ class ImageData(Section):
     ground_truth: FilePath | None = Field(
         default=None, description="Text file with `file class` lines, for a flat folder of validation images"
     )
+    classes: FilePath | None = Field(
+        default=None, description="Class list with names: LOC_synset_mapping.txt, or JSON {wnid: name}"
+    )
     corrupt_limit: int = Field(
         default=100,
         ge=0,

@@ -107,7 +107,6 @@ def test_accumulated_batches_are_one_step_with_their_mean_gradient() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-
 def test_progress_is_the_larger_of_steps_and_time() -> None:
     state = State(step=25)
     clock = Clock(state, limits(steps=100, max_seconds=100.0), time.monotonic() - 48.5, 3.0)
