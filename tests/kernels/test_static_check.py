@@ -19,4 +19,5 @@ def test_kernels_compile_for_a_gpu_without_spills() -> None:
     assert done.stdout.count("| axial ") == 4
     assert done.stdout.count("| block ") == 10
     assert done.stdout.count("| crosscov ") == 6
-    assert done.stdout.count("| lambda ") == 6
+    assert done.stdout.count("| lambda ") == 10
+    assert done.stdout.count("| lambda pairs ") == 4
