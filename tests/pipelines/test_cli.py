@@ -249,7 +249,14 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     command = [*MEDATTN, "phantom", str(tmp_path / "many"), "--cases", "500", "--size", "64"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs, such as these tests may be, hand down that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     first = process.stderr.readline()  # the first progress line: the command is at work
     assert first.startswith("Practice cases 1/500")
