@@ -27,7 +27,7 @@ from medattn.io import read_volume
 from medattn.labels import LabelSet
 from medattn.losses import segmentation_loss
 from medattn.metrics import dice
-from medattn.networks.registry import family
+from medattn.networks.registry import family, task_of
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
 from medattn.training.checkpoint import keep_weights, load_checkpoint, save_checkpoint
@@ -199,7 +199,15 @@ def stored_plan(path: Path, config: Config, organs: Sequence[str]) -> Plan:
 
 
 def describe_model(config: Config, folder: CaseFolder, plan: Plan, label_set: LabelSet) -> ModelCard:
-    """All of a model but its weights, from the config and the data."""
+    """All of a model but its weights, from the config and the data.
+
+    Raises InputError for a network that does not segment.
+    """
+    if task_of(config.network.name) != "segmentation":
+        raise InputError(
+            f"network.name: {config.network.name!r} classifies images and does not segment volumes; "
+            "`medattn networks` lists what each network is made for"
+        )
     options = dict(config.network.options)
     if family(config.network.name) == "unet":
         options = {"deep_supervision": config.training.deep_supervision} | options

@@ -191,6 +191,8 @@ def test_inputs_are_found_and_clashing_names_refused(practice: Path, tmp_path: P
 def test_bad_data_and_bad_options_are_found_before_training(practice: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"did you mean 'unet_block'\?"):
         train(config(practice, tmp_path / "a", "network.name=unet_blok"))
+    with pytest.raises(InputError, match="'resnet26' classifies images and does not segment"):
+        train(config(practice, tmp_path / "a", "network.name=resnet26"))
     with pytest.raises(InputError, match=r"has no option 'blocks'"):
         train(config(practice, tmp_path / "b", "network.name=unet_block", "network.options={blocks: 3}"))
     with pytest.raises(InputError, match=r"medattn phantom .*medattn import"):
