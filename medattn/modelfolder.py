@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from medattn.atomic import atomic_path, write_text
@@ -21,11 +21,18 @@ Card = TypeVar("Card")
 
 def write_model(folder: Path, task: str, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write both files, each whole or not at all. task: what the model does. card: in plain values."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
+    write_weights(folder / "model.safetensors", weights)
     content = {"format": FORMAT, "task": task} | dict(card)
     write_text(folder / "model.json", json.dumps(content, indent=1) + "\n")
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights as safetensors, whole or not at all, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # contiguous: safetensors refuses weights that lie channels-last
+    plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(plain))  # save_file would keep other users from reading it
 
 
 def model_task(folder: Path) -> str:

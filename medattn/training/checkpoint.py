@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -19,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.swa_utils import AveragedModel
 
-from medattn.atomic import atomic_path
 from medattn.errors import InputError
 from medattn.training.loop import State
 
@@ -76,15 +74,6 @@ def load_checkpoint(
     torch.set_rng_state(content["random"])
     for field in dataclasses.fields(State):
         setattr(state, field.name, content["state"][field.name])
-
-
-def keep_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's weights, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # contiguous: safetensors refuses weights that lie channels-last
-    weights = {name: w.detach().cpu().contiguous() for name, w in network.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(weights, temporary)
 
 
 @contextmanager

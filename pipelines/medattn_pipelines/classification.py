@@ -20,9 +20,10 @@ from medattn.data.images.classes import Classes
 from medattn.data.images.reading import Skipped
 from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingImages
 from medattn.errors import InputError
+from medattn.modelfolder import write_weights
 from medattn.networks.registry import task_of
 from medattn.report.classification import ImageEvaluation
-from medattn.training.checkpoint import keep_weights, load_checkpoint, save_checkpoint
+from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
 from medattn.training.optimizers import make_optimizer
 from medattn.training.tracking import Tracker
@@ -35,6 +36,8 @@ from medattn_pipelines.prediction_table import Prediction, write_predictions
 from medattn_pipelines.progress import case_progress, training_progress
 from medattn_pipelines.record import Record
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
+
+BEST = "checkpoints/best.safetensors"  # in the run folder
 
 LossOf = Callable[[nn.Module, ImageBatch], Tensor]
 
@@ -112,7 +115,7 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
             clip=training.gradient_clip,
             on_step=record.step,
             validate=lambda: record.validation(*look.top1(validation)),
-            keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
+            keep_best=lambda: write_weights(run / BEST, averaged.module.state_dict()),
             save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
             started=started,
             reserve_seconds=reserve_seconds,
@@ -248,7 +251,7 @@ def finish(
         "seconds": round(state.seconds),
         "validation_images": len(validation.source),
     }
-    best = load_file(run / "checkpoints/best.safetensors")
+    best = load_file(run / BEST)
     save_classifier(run / "model", replace(card, provenance=provenance), best)
     card, network = load_classifier(run / "model")
     final = Classifier(card, network, look.device, look.precision, config.data.workers)

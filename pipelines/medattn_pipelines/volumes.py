@@ -27,10 +27,11 @@ from medattn.io import read_volume
 from medattn.labels import LabelSet
 from medattn.losses import segmentation_loss
 from medattn.metrics import dice
+from medattn.modelfolder import write_weights
 from medattn.networks.registry import family, task_of
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
-from medattn.training.checkpoint import keep_weights, load_checkpoint, save_checkpoint
+from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
 from medattn.training.optimizers import make_optimizer
 from medattn.training.tracking import Tracker
@@ -42,6 +43,7 @@ from medattn_pipelines.progress import case_progress, training_progress
 from medattn_pipelines.record import Record
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
+BEST = "checkpoints/best.safetensors"  # in the run folder
 MOMENTUM = 0.99  # of sgd, as in nnU-Net
 
 
@@ -125,7 +127,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             clip=config.training.gradient_clip,
             on_step=record.step,
             validate=lambda: record.validation(*validation_dice(segmenter, folder, plan.organs)),
-            keep_best=lambda: keep_weights(run / "checkpoints/best.safetensors", averaged.module),
+            keep_best=lambda: write_weights(run / BEST, averaged.module.state_dict()),
             save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
             started=started,
             reserve_seconds=reserve_seconds,
@@ -305,7 +307,7 @@ def finish(
         "train_cases": len(folder.split("train")),
         "validation_cases": len(folder.split("validation")),
     }
-    best = load_file(run / "checkpoints/best.safetensors")
+    best = load_file(run / BEST)
     save_model(run / "model", dataclasses.replace(card, provenance=provenance), best)
     card, network = load_model(run / "model")
     segmenter = Segmenter(card, network, segmenter.device, segmenter.precision)

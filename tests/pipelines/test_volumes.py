@@ -105,6 +105,7 @@ def test_a_run_folder_holds_all_that_was_promised(practice: Path, tmp_path: Path
     run = done.run
     for name in ("config.yaml", "plan.json", "metrics.jsonl", "model/model.json", "model/model.safetensors"):
         assert (run / name).is_file(), name
+        assert (run / name).stat().st_mode == (run / "config.yaml").stat().st_mode, "others may read it too"
     for name in ("report.html", "metrics.csv", "metrics.json"):
         assert (run / "report" / name).is_file(), name
     cases = [
