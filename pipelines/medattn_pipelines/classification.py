@@ -20,24 +20,19 @@ from medattn.data.images.classes import Classes
 from medattn.data.images.reading import Skipped
 from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingImages
 from medattn.errors import InputError
-from medattn.modelfolder import write_weights
 from medattn.networks.registry import task_of
 from medattn.report.classification import ImageEvaluation
-from medattn.training.checkpoint import load_checkpoint, save_checkpoint
-from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
+from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
 from medattn.training.optimizers import make_optimizer
-from medattn.training.tracking import Tracker
-from medattn_pipelines.configfile import dump, flatten
+from medattn_pipelines.configfile import dump
+from medattn_pipelines.fitting import BEST, Learner, fit_run
 from medattn_pipelines.image_evaluation import evaluate_source
 from medattn_pipelines.image_inputs import evaluation_transform, memory_format, read_images, training_batches
 from medattn_pipelines.image_prediction import Classifier
 from medattn_pipelines.imageconfig import ImageConfig
 from medattn_pipelines.prediction_table import Prediction, write_predictions
-from medattn_pipelines.progress import case_progress, training_progress
-from medattn_pipelines.record import Record
+from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
-
-BEST = "checkpoints/best.safetensors"  # in the run folder
 
 LossOf = Callable[[nn.Module, ImageBatch], Tensor]
 
@@ -81,54 +76,34 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
     optimizer = make_optimizer(
         training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
     )
-    state = State()
+    learner = Learner(network, averaged, optimizer)
     if resume:
-        load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
+        learner.load(run)
     write_text(run / "config.yaml", dump(config))
     begun = time.monotonic()
     look = Classifier(card, averaged.module, device, precision, config.data.workers)
     look.top1(validation, most=1)  # shows now, not in an hour, that images and memory suffice
     batches = -(-len(validation.source) // validation.batch_size)
     reserve_seconds = RESERVE * batches * (time.monotonic() - begun)
-    limits = make_limits(config, images)
     skipped: dict[str, Skipped] = {}
-    with (
-        Tracker(
-            run,
-            name=run.name,
-            parameters=flatten(config),
-            mirror=config.run.tracking,
-            resume_step=state.step if resume else None,
-        ) as tracker,
-        training_progress(limits.steps) as show,
-    ):
-        record = Record(tracker, show, state, training.log_every, score="top-1")
-        reason = fit(
-            torch.compile(network) if training.compile else network,  # type: ignore[arg-type]
-            _noted(training_batches(config, images, device, state.step), skipped),
-            loss_function(config, card, device, precision),
-            optimizer,
-            make_schedule(config, images),
-            averaged=averaged,
-            state=state,
-            limits=limits,
-            clip=training.gradient_clip,
-            on_step=record.step,
-            validate=lambda: record.validation(*look.top1(validation)),
-            keep_best=lambda: write_weights(run / BEST, averaged.module.state_dict()),
-            save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
-            started=started,
-            reserve_seconds=reserve_seconds,
-            accumulate=training.accumulate,
-        )
-        evaluation = None
-        if reason.startswith("SIG"):
-            tracker.close("killed")
-        else:
-            evaluation = finish(config, run, card, state, validation, look)
-            tracker.artifact(run / "report")
-            tracker.artifact(run / "model")
-    return Trained(run, reason, state.step, evaluation, list(skipped.values()))
+    reason, evaluation = fit_run(
+        config,
+        run,
+        learner,
+        _noted(training_batches(config, images, device, learner.state.step), skipped),
+        loss_function(config, card, device, precision),
+        make_schedule(config, images),
+        make_limits(config, images),
+        score="top-1",
+        validate=lambda: look.top1(validation),
+        finish=lambda: finish(config, run, card, learner.state, validation, look),
+        started=started,
+        reserve_seconds=reserve_seconds,
+        resume=resume,
+        model=torch.compile(network) if training.compile else None,  # type: ignore[arg-type]
+        accumulate=training.accumulate,
+    )
+    return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
 
 
 def _noted(batches: Iterable[ImageBatch], skipped: dict[str, Skipped]) -> Iterator[ImageBatch]:

@@ -27,23 +27,19 @@ from medattn.io import read_volume
 from medattn.labels import LabelSet
 from medattn.losses import segmentation_loss
 from medattn.metrics import dice
-from medattn.modelfolder import write_weights
 from medattn.networks.registry import family, task_of
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
-from medattn.training.checkpoint import load_checkpoint, save_checkpoint
-from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model, fit
+from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
 from medattn.training.optimizers import make_optimizer
-from medattn.training.tracking import Tracker
 from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import dump, flatten
+from medattn_pipelines.configfile import dump
 from medattn_pipelines.evaluation import evaluate
+from medattn_pipelines.fitting import BEST, Learner, fit_run
 from medattn_pipelines.prediction import segment_all
-from medattn_pipelines.progress import case_progress, training_progress
-from medattn_pipelines.record import Record
+from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
-BEST = "checkpoints/best.safetensors"  # in the run folder
 MOMENTUM = 0.99  # of sgd, as in nnU-Net
 
 
@@ -90,10 +86,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     torch.manual_seed(config.seed)
     network = card.build().to(device)
     averaged = averaged_model(network, config.training.ema_decay)
-    optimizer = make_volume_optimizer(config, network)
-    state = State()
+    learner = Learner(network, averaged, make_volume_optimizer(config, network))
     if resume:
-        load_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state)
+        learner.load(run)
     write_text(run / "config.yaml", dump(config))
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
@@ -104,42 +99,23 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     segmenter.segment(read_volume(validation[0].image))  # shows now, not in an hour, that memory suffices
     reserve_seconds = RESERVE * len(validation) * (time.monotonic() - begun)
 
-    with (
-        Tracker(
-            run,
-            name=run.name,
-            parameters=flatten(config),
-            mirror=config.run.tracking,
-            resume_step=state.step if resume else None,
-        ) as tracker,
-        training_progress(config.training.steps) as show,
-    ):
-        record = Record(tracker, show, state, config.training.log_every, score="Dice")
-        reason = fit(
-            network,
-            training_batches(config, card, prepared, device, state.step),
-            loss_function(device, precision),
-            optimizer,
-            Schedule(config.training.learning_rate, config.training.warmup_steps, config.training.schedule),
-            averaged=averaged,
-            state=state,
-            limits=make_limits(config),
-            clip=config.training.gradient_clip,
-            on_step=record.step,
-            validate=lambda: record.validation(*validation_dice(segmenter, folder, plan.organs)),
-            keep_best=lambda: write_weights(run / BEST, averaged.module.state_dict()),
-            save=lambda: save_checkpoint(run / "checkpoints/last", network, averaged, optimizer, state),
-            started=started,
-            reserve_seconds=reserve_seconds,
-        )
-        evaluation = None
-        if reason.startswith("SIG"):
-            tracker.close("killed")
-        else:
-            evaluation = finish(config, run, card, state, folder, segmenter)
-            tracker.artifact(run / "report")
-            tracker.artifact(run / "model")
-    return Trained(run, reason, state.step, evaluation)
+    training = config.training
+    reason, evaluation = fit_run(
+        config,
+        run,
+        learner,
+        training_batches(config, card, prepared, device, learner.state.step),
+        loss_function(device, precision),
+        Schedule(training.learning_rate, training.warmup_steps, training.schedule),
+        make_limits(config),
+        score="Dice",
+        validate=lambda: validation_dice(segmenter, folder, plan.organs),
+        finish=lambda: finish(config, run, card, learner.state, folder, segmenter),
+        started=started,
+        reserve_seconds=reserve_seconds,
+        resume=resume,
+    )
+    return Trained(run, reason, learner.state.step, evaluation)
 
 
 def plan_data(config: Config, run: Path, label_set: LabelSet) -> tuple[CaseFolder, Plan]:
