@@ -131,9 +131,14 @@ def save_model(folder: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> 
     write_model(folder, VOLUMES, asdict(card), weights)
 
 
+def load_card(folder: Path) -> ModelCard:
+    """The card that `save_model` wrote, without the weights. Raises InputError as `load_model` does."""
+    return read_card(folder, VOLUMES, _card)
+
+
 def load_model(folder: Path) -> tuple[ModelCard, nn.Module]:
     """Read what `save_model` wrote. Raises InputError where the folder is no such model or is damaged."""
-    card = read_card(folder, VOLUMES, _card)
+    card = load_card(folder)
     network = card.build()
     load_weights(folder, network, card.network)
     return card, network

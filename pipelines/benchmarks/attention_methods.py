@@ -39,7 +39,7 @@ from medattn.atomic import write_text
 from medattn.data.cases import read_cases
 from medattn.errors import InputError
 from medattn.networks.registry import builder
-from medattn.segmenter import ModelCard, load_model
+from medattn.segmenter import ModelCard, load_card
 from medattn_pipelines.config import Config
 from medattn_pipelines.configfile import dump, load
 from medattn_pipelines.progress import print_table
@@ -90,13 +90,8 @@ def dice_of(run: Path) -> dict[str, float]:
 
 def minutes_of(run: Path) -> float:
     """Wall-clock minutes that the optimisation took."""
-    seconds: float = load_card(run).provenance["seconds"]
+    seconds: float = load_card(run / "model").provenance["seconds"]
     return seconds / 60
-
-
-def load_card(run: Path) -> ModelCard:
-    """The model card of a finished run."""
-    return load_model(run / "model")[0]
 
 
 def flops_of(card: ModelCard) -> int:
@@ -127,7 +122,7 @@ def measure(config: Config, runs: dict[str, Path], image: Path, repeats: int) ->
     """The cost of each method; what is timed is timed in turn."""
     device = choose_device(config.training.device)
     low = choose_precision(config.training.precision, device) == torch.bfloat16
-    cards = {method: load_card(run) for method, run in runs.items()}
+    cards = {method: load_card(run / "model") for method, run in runs.items()}
     networks = {method: card.build().to(device).train() for method, card in cards.items()}
     plan = next(iter(cards.values())).plan
     patch = torch.randn(config.training.batch_size, 1, *plan.patch_size, device=device)
@@ -201,12 +196,10 @@ def compare(args: Any) -> None:
     """Train, measure, write."""
     for method in args.methods:  # a typo shows now, not after the first trainings
         builder(method)
-    configs = {}
     for seed in args.seeds:
         for method in args.methods:
             run = run_folder(args.out, method, seed)
-            configs[method] = train(args.config, args.overrides, run, method, seed)
-    config = configs[args.methods[0]]
+            config = train(args.config, args.overrides, run, method, seed)
     cases = read_cases(config.data.root)
     image = (cases.split("validation") or cases.cases)[0].image
     runs = {method: run_folder(args.out, method, args.seeds[0]) for method in args.methods}

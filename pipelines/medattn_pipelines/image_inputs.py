@@ -47,13 +47,14 @@ def read_images(config: ImageConfig) -> tuple[TrainingImages, EvaluationImages]:
 
 def _source(path: Path, classes: Classes | None, config: ImageConfig) -> ImageSource:
     """classes: those of the training images; None for the training images themselves."""
-    named = None if config.data.classes is None else read_classes(config.data.classes)
+    listed = config.data.classes
+    named = read_classes(listed) if classes is None and listed is not None else None
     if path.suffix == ".tar":
         if (classes := classes or named) is None:
             raise InputError(f"{path}: shards hold class numbers only; give the class list as data.classes")
         return Shards.open(str(path), classes, cache=config.run_dir.parent / "shards")
     source = image_folder(path, classes)
-    if classes is not None or named is None:
+    if named is None:
         return source
     names = dict(zip(named.wnids, named.names, strict=True))
     return replace(source, classes=Classes.of(source.classes.wnids, names))
