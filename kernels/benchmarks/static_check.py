@@ -165,10 +165,11 @@ def block_launches(
     size: tuple[int, ...] = (96, 96, 96),
     block: int = 8,
     halo: int = 4,
+    stride: int = 1,
     relative: bool = True,
     biased: bool = False,
 ) -> list[Launch]:
-    """Blocks with a halo on a volume or image with 8 heads."""
+    """Blocks with a halo on a volume or image with 8 heads. stride: offsets count queries, as in timm's."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -177,7 +178,7 @@ def block_launches(
     x = empty(1, *size, 8, width)
     tables = [empty(rows, width) if relative and a >= 3 - axes else None for a in range(3)]
     bias = empty(8, *[rows] * axes) if biased else None
-    numbers = ([block] * axes, [halo] * 2 * axes, [1] * axes, 1.0, True)
+    numbers = ([block] * axes, [halo] * 2 * axes, [stride] * axes, [1] * axes, 1.0, True)
     with recording(block_kernel) as found:
         out, norm = fused_block.run_forward(x, x, x, *tables, bias, *numbers)
         fused_block.run_backward(out, x, x, x, *tables, bias, out, norm, *numbers)
@@ -220,6 +221,7 @@ OPERATORS = {
     "block": block_launches,
     "block window": partial(block_launches, size=(56, 56), block=7, halo=0, relative=False, biased=True),
     "block single": partial(block_launches, size=(56, 56), block=1, halo=3),
+    "block strided": partial(block_launches, size=(32, 32), block=8, halo=3, stride=2),
     "crosscov": crosscov_launches,
     "lambda": lambda_launches,
     "lambda pairs": partial(lambda_launches, pairs=True),

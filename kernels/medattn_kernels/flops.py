@@ -53,7 +53,7 @@ def block_attention(
     q: Shape, k: Shape, v: Shape, rel0: Shape | None, rel1: Shape | None, rel2: Shape | None, *rest: Any
 ) -> int:
     """Content over pairs; q.rel once per query and place along an axis; rest ends with numbers."""
-    block, halo, stride, _, masked = rest[-5:]
+    block, halo, stride, _, _, masked = rest[-6:]
     sides = zip(halo[::2], halo[1::2], strict=True)
     tiles = [cut(*axis, masked) for axis in zip(q[1:-2], block, sides, stride, strict=True)]
     rows = q[0] * q[-2]

@@ -272,15 +272,6 @@ def test_offsets_may_count_queries_as_in_timms_halonet(impl: str, padding: str) 
         torch.testing.assert_close(actual[:, i :: block // stride], expected)
 
 
-def test_triton_refuses_offsets_that_count_queries() -> None:
-    x = {name: tensor.float() for name, tensor in (make_qkv((8,)) | _tables(1)).items()}
-    options = {"block": 4, "halo": 1, "stride": 2, "offsets": "queries", "impl": "triton"}
-    with pytest.raises(
-        ValueError, match=r"impl='triton' (takes offsets='voxels' where queries|needs the package)"
-    ):
-        _run(**x, **options)
-
-
 def test_batches_and_heads_are_independent() -> None:
     """A permuted batch or head order permutes the output."""
     tensors = make_qkv((5, 6), batch=3) | _tables(2)

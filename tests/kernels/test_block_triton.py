@@ -70,6 +70,16 @@ def _assert_within_budget(tensors: dict[str, Tensor], **options: Any) -> None:
     assert_meets_budget(partial(_run, **options), tensors, "triton", ("rel", "bias"))
 
 
+def _assert_same_entries_meet(tensors: dict[str, Tensor], **options: Any) -> None:
+    """Not how they round: a budget from very few numbers would be a matter of luck."""
+    exact = {name: x.double() for name, x in tensors.items()}
+    truth = outputs_and_gradients(partial(_run, **options, impl="naive"), exact)
+    actual = outputs_and_gradients(partial(_run, **options, impl="triton"), tensors)
+    for name, expected in truth.items():
+        scale = max(1.0, float(expected.abs().max()))
+        assert (actual[name] - expected).abs().max() <= 1e-5 * scale, name
+
+
 @pytest.mark.parametrize("terms", ["", "r", "b", "rb"])
 def test_each_term_matches_the_specification_forward_and_backward(terms: str) -> None:
     """A ragged last block, a halo wider behind than ahead."""
@@ -110,6 +120,21 @@ def test_small_blocks_joined_into_one_tile_keep_their_own_windows(
 @pytest.mark.parametrize("stride", [1, (2, 4)])
 def test_stride_and_padding_match_the_specification(padding: str, stride: int | tuple[int, int]) -> None:
     _assert_within_budget(_inputs((9, 7)), block=(6, 4), halo=2, stride=stride, padding=padding)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        pytest.param((45,), {"block": 36, "halo": [(3, 1)], "stride": 2}, id="1d-two-tiles-of-queries"),
+        pytest.param((9, 7), {"block": (6, 4), "halo": 2, "stride": (2, 4), "padding": "zero"}, id="2d"),
+        pytest.param((5, 3, 6), {"block": (4, 2, 6), "halo": (1, 1, 0), "stride": (2, 1, 3)}, id="3d"),
+    ],
+)
+def test_offsets_that_count_queries_match_the_specification(
+    size: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "QUERIES", 16)
+    _assert_same_entries_meet(_inputs(size, heads=1), **options, offsets="queries")
 
 
 def test_a_batch_of_volumes_in_mixed_layouts() -> None:
@@ -174,13 +199,13 @@ def test_expanded_inputs_and_gradients_are_read_in_place() -> None:
     halo=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=3, max_size=3),
     terms=st.sets(st.sampled_from("rb")),
     padding=st.sampled_from(["masked", "zero"]),
+    offsets=st.sampled_from(["voxels", "queries"]),
     width=st.integers(1, 20),
     seed=st.integers(0, 999),
 )
 def test_any_shape_matches_the_specification(  # type: ignore[no-untyped-def]
-    size, blocks, halo, terms, padding, width, seed
+    size, blocks, halo, terms, padding, offsets, width, seed
 ) -> None:
-    """Which entries meet, not how they round: a budget from so few numbers would be a matter of luck."""
     axes = len(size)
     tensors = _inputs(tuple(size), terms="".join(sorted(terms)), width=width, heads=1, seed=seed)
     options: dict[str, Any] = {
@@ -188,18 +213,15 @@ def test_any_shape_matches_the_specification(  # type: ignore[no-untyped-def]
         "stride": [s for _, s in blocks[:axes]],
         "halo": halo[:axes],
         "padding": padding,
+        "offsets": offsets,
     }
-    exact = {name: x.double() for name, x in tensors.items()}
-    truth = outputs_and_gradients(partial(_run, **options, impl="naive"), exact)
-    actual = outputs_and_gradients(partial(_run, **options, impl="triton"), tensors)
-    for name, expected in truth.items():
-        scale = max(1.0, float(expected.abs().max()))
-        assert (actual[name] - expected).abs().max() <= 1e-5 * scale, name
+    _assert_same_entries_meet(tensors, **options)
 
 
-def test_repeated_backward_passes_are_equal_bit_for_bit() -> None:
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "offsets": "queries"}], ids=["all", "strided"])
+def test_repeated_backward_passes_are_equal_bit_for_bit(options: dict[str, Any]) -> None:
     tensors = _inputs((9, 3), dtype=torch.bfloat16)
-    run = partial(_run, block=4, halo=1, impl="triton")
+    run = partial(_run, block=4, halo=1, impl="triton", **options)
     first, second = (outputs_and_gradients(run, tensors) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -266,7 +288,7 @@ def test_torch_accepts_the_operator() -> None:
         if tensor is not None:
             tensor.requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(fused._attention, (*tensors, [4], [1, 2], [2], 0.5, True), test_utils=tests)
+    torch.library.opcheck(fused._attention, (*tensors, [4], [1, 2], [2], [1], 0.5, True), test_utils=tests)
 
 
 def test_compiles_without_a_break() -> None:

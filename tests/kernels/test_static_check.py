@@ -17,7 +17,7 @@ def test_kernels_compile_for_a_gpu_without_spills() -> None:
     done = subprocess.run([sys.executable, script, "--smallest"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| axial ") == 4
-    assert done.stdout.count("| block ") == 10
+    assert done.stdout.count("| block ") == 13
     assert done.stdout.count("| crosscov ") == 6
     assert done.stdout.count("| lambda ") == 10
     assert done.stdout.count("| lambda pairs ") == 4

@@ -83,10 +83,9 @@ def block_attention(
     if bias is not None:
         check_bias("bias", bias, axes, q)
     pairs, masked = halo_per_axis(halo, axes), padding == "masked"
-    steps = strides if offsets == "voxels" or (rel is None and bias is None) else (1,) * axes
-    refusal = fused.refusal_of_offsets(strides, steps)
-    if rel is not None:
-        refusal = refusal or fused.refusal(q.shape[1:-2], blocks, pairs, masked)
+    # both ways of counting give the only query of a block the same offsets
+    steps = tuple(1 if offsets == "queries" and s < b else s for s, b in zip(strides, blocks, strict=True))
+    refusal = "" if rel is None else fused.refusal(q.shape[1:-2], blocks, pairs, masked)
     run = select("block_attention", IMPLEMENTATIONS, impl, q, v, refusal)
     return run(
         q,

@@ -39,11 +39,11 @@ def block_attention(
 ) -> Tensor:
     """`medattn_kernels.block_attention` in float32, bfloat16 or float16, differentiable once.
 
-    step: see `refusal_of_offsets`.
+    step: between neighbouring queries as offsets count them, the stride if None.
     """
     tables = (None, None, None) if rel is None else (*[None] * (3 - len(rel)), *rel)
     sides = [side for pair in halo for side in pair]
-    out: Tensor = _attention(q, k, v, *tables, bias, block, sides, stride, scale, masked)[0]
+    out: Tensor = _attention(q, k, v, *tables, bias, block, sides, stride, step or stride, scale, masked)[0]
     return out
 
 
@@ -53,11 +53,6 @@ def refusal(size: Sequence[int], block: Sequence[int], halo: Sequence[tuple[int,
     if longest <= LONGEST_WINDOW:
         return ""
     return f"takes windows of at most {LONGEST_WINDOW} positions per axis beside rel, got {longest}"
-
-
-def refusal_of_offsets(stride: Sequence[int], step: Sequence[int]) -> str:
-    """Why the kernels cannot count offsets so; empty if they can. They count voxels only."""
-    return "" if tuple(stride) == tuple(step) else "takes offsets='voxels' where queries are strided"
 
 
 def run_forward(
@@ -71,6 +66,7 @@ def run_forward(
     block: Sequence[int],
     halo: Sequence[int],
     stride: Sequence[int],
+    step: Sequence[int],
     scale: float,
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +75,7 @@ def run_forward(
 
     out, norm = _empty(q, v, stride)
     if q.numel():
-        launch = _Launch(q, v, (rel0, rel1, rel2), bias, block, halo, stride, scale, masked)
+        launch = _Launch(q, v, (rel0, rel1, rel2), bias, block, halo, stride, step, scale, masked)
         grid = (launch.items * launch.heads * launch.tiles,)
         launch.run(kernel.forward, grid, *launch.inputs(q, k, v), at(out), at(norm))
     return out, norm
@@ -99,6 +95,7 @@ def run_backward(
     block: Sequence[int],
     halo: Sequence[int],
     stride: Sequence[int],
+    step: Sequence[int],
     scale: float,
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -110,7 +107,7 @@ def run_backward(
     if not q.numel():
         drel0, drel1, drel2 = (x.zero_() for x in drel)
         return dq, dk, dv, drel0, drel1, drel2, dbias.zero_()
-    launch = _Launch(q, v, rel, bias, block, halo, stride, scale, masked)
+    launch = _Launch(q, v, rel, bias, block, halo, stride, step, scale, masked)
     if math.prod(stride) > 1:
         dq.zero_()  # between the queries
     inputs, outputs = launch.inputs(q, k, v), (at(out), at(dout))
@@ -146,7 +143,7 @@ _backward = torch.library.custom_op("medattn::block_attention_backward", run_bac
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q, v, rest[-3])
+    return _empty(q, v, rest[-4])
 
 
 @_backward.register_fake
@@ -163,7 +160,7 @@ def _differentiate(ctx: Any, dout: Tensor, dnorm: Tensor) -> tuple[Tensor | None
     saved = ctx.saved_tensors
     gradients = _backward(dout, *saved, *ctx.numbers)
     present = [g if x is not None else None for x, g in zip(saved[:7], gradients, strict=True)]
-    return *present, None, None, None, None, None
+    return *present, *[None] * len(ctx.numbers)
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)
@@ -195,15 +192,16 @@ class _Launch:
         block: Sequence[int],
         halo: Sequence[int],
         stride: Sequence[int],
+        step: Sequence[int],
         scale: float,
         masked: bool,
     ) -> None:
         pairs = zip(halo[::2], halo[1::2], strict=True)
-        given = list(zip(q.shape[1:-2], block, pairs, stride, strict=True))
-        own = _three_axes(cut(*axis, masked) for axis in given)
+        given = list(zip(q.shape[1:-2], block, pairs, stride, step, strict=True))
+        own = _three_axes(cut(n, b, h, t, masked, e) for n, b, h, t, e in given)
         joined = _joined(own)[-len(given) :]
         self.cut = _three_axes(
-            cut(n, b * j, h, t, masked) for (n, b, h, t), j in zip(given, joined, strict=True)
+            cut(n, b * j, h, t, masked, e) for (n, b, h, t, e), j in zip(given, joined, strict=True)
         )
         self.q, self.axes, self.heads = q, len(given), q.shape[-2]
         self.widths = q.shape[-1], v.shape[-1]
@@ -234,7 +232,7 @@ class _Launch:
         names = ("size", "blocks", "block", "queries", "stride", "before", "window")
         inverses = _inverse([t.queries for t in self.cut]), _inverse([t.window for t in self.cut])
         self.arguments: dict[str, Any] = {
-            "cut": (*_triples(self.cut, *names), inverses),
+            "cut": (*_triples(self.cut, *names), inverses, self._steps()),
             "own": None if self.cut == own else _triples(own, "block", "before", "window"),
             "heads": self.heads,
             "width": self.widths[0],
@@ -307,6 +305,11 @@ class _Launch:
             total = pairs @ _hot(t.offset(total.device).flatten(), bias.shape[1 + axis])  # the axis is done
         return total.to(bias.dtype)
 
+    def _steps(self) -> Triple | None:
+        """Between queries as offsets count them; None, a kernel of its own, where they count voxels."""
+        steps = tuple(t.step for t in self.cut)
+        return None if steps == tuple(t.stride for t in self.cut) else steps
+
     def _by_offset(self, table: Tensor, dim: int, axis: int) -> Tensor:
         """A row for every offset that occurs along an axis of the cut, in the place of the table's rows."""
         rows = table_row(self.cut[axis].all_offsets(table.device), table.shape[dim])
@@ -320,10 +323,13 @@ def _three_axes(tiles: Iterable[Tiling]) -> Tiles:
 
 
 def _joined(tiles: Tiles) -> list[int]:
-    """How many blocks to work on as one along each axis, so that a tile has enough queries."""
+    """How many blocks to work on as one along each axis, so that a tile has enough queries.
+
+    Not along an axis whose offsets count queries: they start anew in every block.
+    """
     joined, sides = [1, 1, 1], [t.queries for t in tiles]
     while math.prod(sides) < FEWEST_QUERIES:
-        more = [axis for axis in range(3) if joined[axis] < tiles[axis].blocks]
+        more = [a for a, t in enumerate(tiles) if joined[a] < t.blocks and t.step == t.stride]
         if not more:
             break
         axis = min(more, key=lambda a: sides[a])

@@ -202,7 +202,7 @@ def backward_keys(
 
     Each axis of a block is cut into `parts` boxes of side `box`; P holds the places of all axes of a box.
     """
-    _, blocks, _, queries_per_block, _, _, window, _ = cut
+    _, blocks, _, queries_per_block, _, _, window, _, _ = cut
     boxes = (blocks[0] * parts[0], blocks[1] * parts[1], blocks[2] * parts[2])
     near_head = tl.program_id(0) % heads
     head = first_head + near_head
@@ -246,7 +246,7 @@ def backward_keys(
 @triton.jit
 def _box_of_keys(at, parts, box, cut, K: tl.constexpr):
     """First voxel of a box, places of its keys in it and in the volume, and which of them exist."""
-    size, _, step, _, _, _, _, _ = cut
+    size, _, step, _, _, _, _, _, _ = cut
     m = tl.arange(0, K)
     near = unravel(m, box)
     part = (at[0] % parts[0] * box[0], at[1] % parts[1] * box[1], at[2] % parts[2] * box[2])
@@ -270,14 +270,14 @@ def _blocks_that_see(start, box, cut):
 
 @triton.jit
 def _lowest(start, cut, axis: tl.constexpr):
-    _, _, step, _, _, before, window, _ = cut
+    _, _, step, _, _, before, window, _, _ = cut
     beyond = start[axis] + before[axis] - window[axis]  # the last window start that is too early
     return tl.where(beyond < 0, 0, beyond // step[axis] + 1)
 
 
 @triton.jit
 def _end(start, box, cut, axis: tl.constexpr):
-    _, blocks, step, _, _, before, _, _ = cut
+    _, blocks, step, _, _, before, _, _, _ = cut
     return tl.minimum(tl.cdiv(start[axis] + box[axis] + before[axis], step[axis]), blocks[axis])
 
 

@@ -3,9 +3,10 @@
 A tensor comes as (pointer, strides) with the strides of batch, three spatial axes, head and channel. Volumes
 of one or two axes have leading axes of size 1. `cut` tells what every axis is cut into, in triples: size in
 voxels, blocks, voxels per block, queries per block, voxels between queries, voxels of the window before the
-block, voxels of the window; last what `quick_unravel` needs of queries and windows. Blocks of too few queries
-for a tile are joined into larger ones: then `own` has the triples of what an axis was to be cut into: voxels
-per block, of the window before it, of the window. Else it is None.
+block, voxels of the window; then what `quick_unravel` needs of queries and windows; last the distance of
+queries as offsets count it, or None where they count voxels. Blocks of too few queries for a tile are joined
+into larger ones: then `own` has the triples of what an axis was to be cut into: voxels per block, of the
+window before it, of the window. Else it is None.
 
 A query meets the places 0 ... P - 1 of an axis, those of its window or of a box of keys. What a table adds
 to its logits depends on the query and on the place along one axis, so it is one small matrix per axis, found
@@ -66,7 +67,7 @@ def load_norm(x, batch, place, head, exists):
 @triton.jit
 def queries_of(block, tile, cut, B: tl.constexpr):
     """Places of a tile of a block's queries among all queries, in the volume, and which of them exist."""
-    size, _, _, queries, stride, _, _, inverses = cut
+    size, _, _, queries, stride, _, _, inverses, _ = cut
     n = tile * B + tl.arange(0, B)
     near = quick_unravel(n, queries, inverses[0])
     number = (
@@ -81,7 +82,7 @@ def queries_of(block, tile, cut, B: tl.constexpr):
 @triton.jit
 def window_start(block, cut):
     """First voxel of a block's window, which may lie before the volume."""
-    _, _, step, _, _, before, _, _ = cut
+    _, _, step, _, _, before, _, _, _ = cut
     return block[0] * step[0] - before[0], block[1] * step[1] - before[1], block[2] * step[2] - before[2]
 
 
@@ -106,15 +107,20 @@ def _in_own_window(query, key, block, before, window):
 @triton.jit
 def offsets(cut, axis: tl.constexpr):
     """How many offsets queries and keys of an axis have, and rows its table."""
-    _, _, _, queries, stride, _, window, _ = cut
-    return window[axis] + (queries[axis] - 1) * stride[axis]
+    _, _, _, queries, stride, _, window, _, steps = cut
+    step = stride[axis] if steps is None else steps[axis]
+    return window[axis] + (queries[axis] - 1) * step
 
 
 @triton.jit
 def row_of_first(place, start, cut, axis: tl.constexpr):
     """Table row of the pair (query, place `start` of an axis): tables begin at the smallest offset."""
-    _, _, _, queries, stride, before, _, _ = cut
-    return start[axis] - place[axis] + before[axis] + (queries[axis] - 1) * stride[axis]
+    _, _, block, queries, stride, before, _, _, steps = cut
+    row = start[axis] - place[axis] + before[axis] + (queries[axis] - 1) * stride[axis]
+    if steps is not None:
+        behind = queries[axis] - 1 - place[axis] % block[axis] // stride[axis]  # queries of the block
+        row -= behind * (stride[axis] - steps[axis])
+    return row
 
 
 @triton.jit
