@@ -15,7 +15,7 @@ from medattn.atomic import atomic_path, write_text
 from medattn.errors import InputError
 
 FORMAT = 1
-VOLUMES, CLASSIFICATION = "volumes", "classification"
+VOLUMES, CLASSIFICATION, PANOPTIC = "volumes", "classification", "panoptic"
 Card = TypeVar("Card")
 
 

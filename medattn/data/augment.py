@@ -35,16 +35,19 @@ class Augmentation:
     noise: float
     blur_mm: float
 
-    def __call__(self, batch: Batch, *, seed: int, step: int) -> Batch:
-        """The changed batch; axes run L, P, S, so the left-right axis is the first spatial one."""
+    def __call__(self, batch: Batch, *, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The changed batch; axes run L, P, S, so the left-right axis is the first spatial one.
+
+        rank, world: which of how many processes share the patches of a step, as in `PatchSampler`.
+        """
         # drawn on the CPU, so that the same seed gives the same batch on any device
-        rng = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        rng = _Chance(torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63), rank, world)
         batch = self._flip(batch, rng)
         batch = self._affine(batch, rng)
         return replace(batch, image=self._intensity(batch.image, rng))
 
-    def _flip(self, batch: Batch, rng: torch.Generator) -> Batch:
-        chosen = torch.rand(len(batch.cases), generator=rng) < self.flip_probability
+    def _flip(self, batch: Batch, rng: _Chance) -> Batch:
+        chosen = rng.uniform(len(batch.cases)) < self.flip_probability
         if self.mirror is None or not bool(chosen.any()):
             return batch
         where = chosen.to(batch.image.device)
@@ -59,10 +62,11 @@ class Augmentation:
             drawn=torch.where(where[:, None], batch.drawn[:, list(self.mirror)], batch.drawn),
         )
 
-    def _affine(self, batch: Batch, rng: torch.Generator) -> Batch:
+    def _affine(self, batch: Batch, rng: _Chance) -> Batch:
         size = torch.tensor(batch.label.shape[1:], dtype=torch.float32)
-        changed = torch.rand(len(batch.cases), generator=rng) < self.affine_probability
-        matrices = torch.stack([self._matrix(size, rng) for _ in batch.cases])
+        changed = rng.uniform(len(batch.cases)) < self.affine_probability
+        everyones = [self._matrix(size, rng.generator) for _ in range(rng.world * len(batch.cases))]
+        matrices = torch.stack(everyones[rng.rank :: rng.world])
         if not bool(changed.any()):
             return batch
         which = torch.nonzero(changed).flatten().to(batch.image.device)
@@ -87,13 +91,13 @@ class Augmentation:
         matrix = (turn * half_mm) / half_mm[:, None]  # mm -> fractions of the patch, so that nothing shears
         return torch.cat([matrix, (shift_mm / half_mm)[:, None]], 1).flip(0)[:, [2, 1, 0, 3]]
 
-    def _intensity(self, image: Tensor, rng: torch.Generator) -> Tensor:
+    def _intensity(self, image: Tensor, rng: _Chance) -> Tensor:
         """Contrast, brightness, gamma, blur and noise, each with its own chance per patch."""
         B = image.shape[0]
 
         def draw(low: float, high: float, neutral: float) -> Tensor:
-            value = low + (high - low) * torch.rand(B, generator=rng)
-            used = torch.rand(B, generator=rng) < self.intensity_probability
+            value = low + (high - low) * rng.uniform(B)
+            used = rng.uniform(B) < self.intensity_probability
             return torch.where(used, value, neutral).to(image)[:, None, None, None, None]
 
         contrast = draw(*self.contrast_range, 1.0)
@@ -106,8 +110,26 @@ class Augmentation:
         image = _blur(image, draw(0.0, self.blur_mm, 0.0), self.spacing_mm)
         deviation = draw(0.0, self.noise, 0.0)
         if bool((deviation != 0).any()):
-            image = image + deviation * torch.randn(image.shape, generator=rng).to(image)
+            image = image + deviation * rng.normal(image.shape).to(image)
         return image
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """Numbers drawn for the patches of all processes, of which this one takes its own."""
+
+    generator: torch.Generator
+    rank: int
+    world: int
+
+    def uniform(self, patches: int) -> Tensor:
+        """[patches] from 0 to 1."""
+        return torch.rand(self.world * patches, generator=self.generator)[self.rank :: self.world]
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """Of this shape, patches first."""
+        drawn = torch.randn(self.world * shape[0], *shape[1:], generator=self.generator)
+        return drawn[self.rank :: self.world]
 
 
 def _rotation(angles: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medattn.data.store import Prepared
+from medattn.errors import InputError
 from medattn.geometry import Size
 
 
@@ -36,6 +37,9 @@ class PatchSampler:
 
     A share `foreground_share` of the patches is centred near a voxel of an organ: the organ is drawn first,
     then a case that has it. The others lie anywhere in any case.
+
+    batch_size: over all processes. rank, world: this process of how many; together they read the same batch
+    for any `world`. Raises InputError when made with a batch that the processes do not share equally.
     """
 
     cases: Sequence[Prepared]
@@ -43,11 +47,20 @@ class PatchSampler:
     batch_size: int
     foreground_share: float
     seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world:
+            raise InputError(
+                f"training.batch_size: {self.batch_size} for {self.world} processes, expected a multiple of "
+                f"{self.world}; change it or the number of processes"
+            )
 
     def batch(self, step: int) -> Batch:
-        """The patches of one step."""
+        """This process's patches of one step."""
         rng = np.random.default_rng([self.seed, step])
-        drawn = [self._place(rng) for _ in range(self.batch_size)]
+        drawn = [self._place(rng) for _ in range(self.batch_size)][self.rank :: self.world]
         patches = [case.patch(start, self.patch_size) for case, start in drawn]
         return Batch(
             image=torch.from_numpy(np.stack([image for image, _ in patches])[:, None]),

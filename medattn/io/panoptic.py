@@ -120,6 +120,14 @@ def read_ids(path: str | Path) -> npt.NDArray[np.int32]:
                     f"{path}: a picture of mode {picture.mode}, expected 8-bit RGB, in which segment ids are "
                     "coded; write it as red + 256 green + 65536 blue"
                 )
+            # Pillow halves 16-bit channels without a word, and other formats than PNG may change ids
+            deep = any("16" in str(tile.args) for tile in picture.tile)
+            if picture.format != "PNG" or deep:
+                found = "16-bit channels" if deep else f"a picture of format {picture.format}"
+                raise InputError(
+                    f"{path}: {found}, expected a PNG of 8-bit RGB, in which segment ids are coded; write it "
+                    "again from the ids"
+                )
             rgb = np.asarray(picture)
     except InputError:
         raise

@@ -62,6 +62,8 @@ class FocalTransformer(nn.Module):
     the authors', whose initialisation overwrites it, pooling starts at the mean of a window.
     """
 
+    head_parts = ("norm", "head")  # what `features` does without
+
     def __init__(
         self,
         *,

@@ -17,7 +17,7 @@ Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
 _BUILDERS: dict[str, Builder] = {}
-_CLASSIFIERS: set[str] = set()
+_TASKS: dict[str, str] = {}  # of those that do not segment volumes or images by organ
 
 
 def register(build: BuilderT) -> BuilderT:
@@ -31,7 +31,13 @@ def register(build: BuilderT) -> BuilderT:
 
 def register_classifier(build: BuilderT) -> BuilderT:
     """The same for a network that classifies images."""
-    _CLASSIFIERS.add(register(build).__name__)
+    _TASKS[register(build).__name__] = "classification"
+    return build
+
+
+def register_panoptic(build: BuilderT) -> BuilderT:
+    """The same for a network that gives a `medattn.panoptic.PanopticOutput`."""
+    _TASKS[register(build).__name__] = "panoptic"
     return build
 
 
@@ -42,9 +48,9 @@ def names(pattern: str = "*", *, task: str | None = None) -> list[str]:
 
 
 def task_of(name: str) -> str:
-    """What a network is made for: "segmentation" or "classification"."""
+    """What a network is made for: "segmentation", "classification" or "panoptic"."""
     builder(name)
-    return "classification" if name in _CLASSIFIERS else "segmentation"
+    return _TASKS.get(name, "segmentation")
 
 
 def create(name: str, **options: Any) -> nn.Module:
@@ -52,8 +58,8 @@ def create(name: str, **options: Any) -> nn.Module:
 
     Segmentation networks take spatial_dims (2 or 3), in_channels and out_channels, and map
     [B, in_channels, *size] to [B, out_channels, *size]. Image networks take num_classes (1000 by default)
-    and image_size where they depend on it, and map [B, 3, h, w] to [B, num_classes]. `medattn networks`
-    lists all names.
+    and image_size where they depend on it, and map [B, 3, h, w] to [B, num_classes]; panoptic ones (133
+    classes by default) to a `PanopticOutput` of maps at 1/4 of the sides. `medattn networks` lists all names.
 
     Raises InputError for an unknown name or an option that the network does not have.
     """

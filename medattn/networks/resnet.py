@@ -156,8 +156,11 @@ class ResNet(nn.Module):
     what tables of positions are made for. drop_path: of the last block; it grows in equal steps from zero.
     block: further options of every `Bottleneck`.
 
-    `features` gives the maps after each stage, for other heads.
+    `features` gives the maps after each stage, for other heads. feature_channels, feature_strides: of these
+    maps. head_parts: what `features` does without.
     """
+
+    head_parts = ("last", "head")
 
     def __init__(
         self,
@@ -181,7 +184,8 @@ class ResNet(nn.Module):
         drops = (drop_path * n / max(1, sum(depths) - 1) for n in count())
         self.stem, self.stages = stem, nn.ModuleList()
         outputs = outputs or [EXPANSION * width for width in widths]
-        channels, side = stem_channels, -(-image_size // stem_stride)
+        channels, side, stride = stem_channels, -(-image_size // stem_stride), stem_stride
+        self.feature_channels, self.feature_strides = list(outputs), []
         for stage, depth in enumerate(depths):
             blocks = []
             for index in range(depth):
@@ -191,11 +195,13 @@ class ResNet(nn.Module):
                 blocks.append(Bottleneck(channels, outputs[stage], place, mix, **options))
                 channels, side = outputs[stage], -(-side // place.stride)
             self.stages.append(nn.Sequential(*blocks))
+            stride *= strides[stage]
+            self.feature_strides.append(stride)
         self.last, channels = last or (nn.Identity(), channels)
         self.head = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Maps after each stage, finest first; usually at 1/4, 1/8, 1/16 and 1/32 of the image's side."""
+        """Maps after each stage, finest first; usually at 1/4, 1/8, 1/16 and 1/32 of the image's sides."""
         maps = []
         x = self.stem(x)
         for stage in self.stages:
@@ -229,14 +235,15 @@ def _resnet(
     *,
     in_channels: int = 3,
     deep: bool = False,
+    deep_widths: Sequence[int] = STEM_D,
     activation: str = "relu",
     **options: Any,
 ) -> ResNet:
     act = activation_named(activation)
-    stem = deep_stem(STEM_D, in_channels, act) if deep else plain_stem(in_channels, act)
+    stem = deep_stem(deep_widths, in_channels, act) if deep else plain_stem(in_channels, act)
     mix = partial(convolution_mix, activation=act)
     numbers: dict[str, Any] = {"depths": blocks, "mix": mix, "activation": act}
-    return ResNet(stem, STEM, **numbers | options)
+    return ResNet(stem, deep_widths[-1] if deep else STEM, **numbers | options)
 
 
 @register_classifier

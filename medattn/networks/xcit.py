@@ -43,6 +43,9 @@ class XCiT(nn.Module):
     + 9 (C^2 / 8 + C^2 / 2) + 7 C / 2.
     """
 
+    head_parts = ("cls_token", "class_blocks", "norm", "head")  # what `features` does without
+    dense_parts = ("pyramid",)  # what it alone needs
+
     def __init__(
         self,
         *,

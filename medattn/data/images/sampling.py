@@ -1,18 +1,11 @@
-"""Which images make the batch of a step: a function of seed and step alone, whatever reads them.
-
-Threads read: Pillow decodes, resizes and transforms without the interpreter lock, so they use every core,
-need no copies between processes, and no state that a resumed run would have to restore.
-"""
+"""Which images make the batch of a step: a function of seed and step alone, whatever reads them."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import count
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +13,13 @@ import torch
 from torch import Tensor
 
 from medattn.data.images.draws import AUGMENTATION, ORDER, generator
+from medattn.data.images.readahead import Submit, now, read_ahead
 from medattn.data.images.reading import ImageSource, Reader, Skipped, Tolerance, Transform
 from medattn.errors import InputError
 
-AHEAD = 2  # batches that are read while one is used
 UNREADABLE_LIMIT = 100
 
 Read = tuple[int | None, tuple[Skipped, ...]]
-Submit = Callable[[Callable[[], Read]], Callable[[], Read]]  # the result waits
-Begin = Callable[[Submit], Callable[[], "ImageBatch"]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class TrainingImages:
 
     def batch(self, step: int) -> ImageBatch:
         """This process's part of one step. Raises InputError when too many images cannot be decoded."""
-        return self._begin(step, _now)()
+        return self._begin(step, now)()
 
     def batches(self, start: int, workers: int, *, pin_memory: bool = False) -> Iterator[ImageBatch]:
         """All batches from step `start` on, read ahead by `workers` threads.
@@ -108,7 +98,7 @@ class TrainingImages:
         page-locked memory, from where a copy to a GPU overlaps with computing.
         """
         steps = (partial(self._begin, step, pin_memory=pin_memory) for step in count(start))
-        return _read_ahead(steps, workers, Tolerance(self.unreadable_limit))
+        return read_ahead(steps, workers, Tolerance(self.unreadable_limit))
 
     def _begin(self, step: int, submit: Submit, *, pin_memory: bool = False) -> Callable[[], ImageBatch]:
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -144,7 +134,7 @@ class EvaluationImages:
         reader = Reader(self.source, self.transform, self.upright, False, self.unreadable_limit)
         parts = (mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size))
         steps = (partial(self._begin, reader, part, pin_memory) for part in parts)
-        return _read_ahead(steps, workers, Tolerance(self.unreadable_limit))
+        return read_ahead(steps, workers, Tolerance(self.unreadable_limit))
 
     @staticmethod
     def _begin(
@@ -165,12 +155,6 @@ def epoch_order(images: int, seed: int, epoch: int, repeats: int = 1) -> npt.NDA
     order = np.repeat(shuffled[: -(-images // repeats)], repeats)[:images]
     order.setflags(write=False)
     return order
-
-
-def _now(read: Callable[[], Read]) -> Callable[[], Read]:
-    """Submit without threads: read at once."""
-    done = read()
-    return lambda: done
 
 
 def _begin_batch(
@@ -198,32 +182,3 @@ def _finish_batch(reader: Reader, image: Tensor, reads: Sequence[Callable[[], Re
         image = image[[place for place, _ in used]]
     target = torch.from_numpy(reader.source.targets[[index for _, index in used]])
     return ImageBatch(image, target, tuple(reader.source.name(index) for _, index in used), skipped)
-
-
-def _read_ahead(steps: Iterable[Begin], workers: int, tolerance: Tolerance) -> Iterator[ImageBatch]:
-    """The batches of `steps` in order, AHEAD of them in work by `workers` threads; 0 reads in this thread."""
-    with ThreadPoolExecutor(
-        max(1, workers), thread_name_prefix="images"
-    ) as pool:  # starts threads when needed
-
-        def later(read: Callable[[], Read]) -> Callable[[], Read]:
-            return pool.submit(read).result
-
-        begun = (begin(later if workers else _now) for begin in steps)
-        try:
-            for finish in _delayed(begun, AHEAD if workers else 0):
-                batch = finish()
-                tolerance.note(batch.skipped)
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)  # nobody waits for what was read ahead
-
-
-def _delayed(items: Iterable[T], by: int) -> Iterator[T]:
-    """The items, each handed out when `by` more have been made."""
-    held: deque[T] = deque()
-    for item in items:
-        held.append(item)
-        if len(held) > by:
-            yield held.popleft()
-    yield from held

@@ -1,0 +1,229 @@
+"""Panoptic training, end to end: images with segments in; model, predictions and report out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from medattn import __version__
+from medattn.atomic import write_text
+from medattn.classifier import load_classifier
+from medattn.data.images.reading import Skipped
+from medattn.data.panoptic.sampling import PanopticBatch
+from medattn.data.panoptic.source import PanopticImages
+from medattn.errors import InputError
+from medattn.io.panoptic import read_panoptic
+from medattn.networks.panoptic_deeplab import load_backbone
+from medattn.networks.registry import task_of
+from medattn.panoptic import Categories
+from medattn.panoptic_losses import PanopticWeights, panoptic_loss
+from medattn.panoptic_segmenter import PanopticCard, load_panoptic, save_panoptic
+from medattn.report.panoptic import PanopticEvaluation
+from medattn.training.distributed import Processes, joined
+from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
+from medattn.training.optimizers import make_optimizer
+from medattn.training.synced_batch_norm import synchronise_batch_norms
+from medattn_pipelines.configfile import dump
+from medattn_pipelines.fitting import BEST, Learner, fit_run
+from medattn_pipelines.panoptic_evaluation import evaluate_files
+from medattn_pipelines.panoptic_inputs import (
+    memory_format,
+    panoptic_rules,
+    panoptic_view,
+    read_sources,
+    training_batches,
+    training_images,
+)
+from medattn_pipelines.panoptic_prediction import PanopticSegmenter, write_predictions
+from medattn_pipelines.panopticconfig import PanopticConfig
+from medattn_pipelines.progress import case_progress
+from medattn_pipelines.runs import choose_device, choose_precision, open_run
+
+LossOf = Callable[[nn.Module, PanopticBatch], Tensor]
+HEAD = "semantic_head"  # what depends on the classes
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left behind.
+
+    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
+    images, None where a signal ended the training before it was complete. skipped: training images that could
+    not be used.
+    """
+
+    run: Path
+    reason: str
+    step: int
+    evaluation: PanopticEvaluation | None
+    skipped: Sequence[Skipped] = ()
+
+
+def train(config: PanopticConfig, *, resume: bool = False, overwrite: bool = False) -> Trained:
+    """Train a panoptic segmenter and report on the validation images.
+
+    The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
+    model/, predictions/ and report/. Under torchrun all processes train together, and the main one writes.
+
+    Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and when
+    training diverges.
+    """
+    started = time.monotonic()
+    with joined(choose_device(config.training.device)) as processes:
+        return _train(config, processes, started, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    config: PanopticConfig, processes: Processes, started: float, *, resume: bool, overwrite: bool
+) -> Trained:
+    run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
+    device, training = processes.device, config.training
+    precision = choose_precision(training.precision, device)
+    source, validation = read_sources(config)
+    images = training_images(config, source, processes)
+    card = describe_model(config, source.categories)
+    network = build(config, card, device, processes)
+    averaged = averaged_model(network, training.ema_decay)
+    optimizer = make_optimizer(
+        training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
+    )
+    learner = Learner(network, averaged, optimizer)
+    if resume:
+        learner.load(run, processes)
+    if processes.main:
+        write_text(run / "config.yaml", dump(config))
+    begun = time.monotonic()
+    look = PanopticSegmenter(card, averaged.module, device, precision, config.data.workers)
+    # shows now, not in an hour, that images and memory suffice
+    look.quality(validation, most=processes.world, processes=processes)
+    reserve_seconds = RESERVE * -(-len(validation) // processes.world) * (time.monotonic() - begun)
+    skipped: dict[str, Skipped] = {}
+
+    def validate() -> tuple[float, dict[str, float]]:
+        for found in processes.gathered(skipped):
+            skipped.update(found)
+        return look.quality(validation, processes=processes)
+
+    reason, evaluation = fit_run(
+        config,
+        run,
+        learner,
+        _noted(training_batches(config, images, device, learner.state.step), skipped),
+        loss_function(config, device, precision),
+        Schedule(training.learning_rate, training.warmup_steps, training.schedule, training.floor),
+        Limits(
+            steps=training.steps,
+            max_seconds=None if training.max_minutes is None else 60 * training.max_minutes,
+            patience=training.patience,
+            validate_every=training.validate_every,
+            save_every=training.save_every,
+        ),
+        score="PQ",
+        validate=validate,
+        finish=lambda: finish(run, card, learner.state, validation, look),
+        started=started,
+        reserve_seconds=reserve_seconds,
+        resume=resume,
+        model=torch.compile(network) if training.compile else None,  # type: ignore[arg-type]
+        accumulate=training.accumulate,
+        processes=processes,
+    )
+    return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
+
+
+def _noted(batches: Iterable[PanopticBatch], skipped: dict[str, Skipped]) -> Iterator[PanopticBatch]:
+    """The batches; what could not be used for them is added to `skipped`."""
+    for batch in batches:
+        skipped.update((image.name, image) for image in batch.skipped)
+        yield batch
+
+
+def describe_model(config: PanopticConfig, categories: Categories) -> PanopticCard:
+    """All of a model but its weights. Raises InputError for a network that is not panoptic."""
+    name, view = config.network.name, config.inference
+    if task_of(name) != "panoptic":
+        raise InputError(
+            f"network.name: {name!r} does {task_of(name)} and no panoptic segmentation; "
+            "`medattn networks` lists what each network is made for"
+        )
+    options = {"image_size": config.crop_size} | config.network.options
+    card = PanopticCard(
+        name, options, categories, panoptic_view(config), panoptic_rules(config), view.scales, view.flip
+    )
+    with torch.device("meta"):
+        card.build()  # a wrong option shows now
+    return card
+
+
+def build(
+    config: PanopticConfig, card: PanopticCard, device: torch.device, processes: Processes
+) -> nn.Module:
+    """The network on the device, with the weights that it starts from."""
+    torch.manual_seed(config.seed)
+    network = card.build()
+    if config.network.backbone is not None:
+        _, classifier = load_classifier(config.network.backbone)
+        load_backbone(network, classifier.state_dict(), path=config.network.backbone)
+    if config.network.weights is not None:
+        start_from(config.network.weights, network)
+    if config.training.sync_batch_norm and processes.world > 1:
+        synchronise_batch_norms(network)
+    return network.to(device=device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
+
+
+def start_from(folder: Path, network: nn.Module) -> None:
+    """Load the weights of another panoptic model, its semantic outputs aside where the classes are others.
+
+    Raises InputError where anything else does not fit.
+    """
+    _, source = load_panoptic(folder)
+    weights, expected = source.state_dict(), network.state_dict()
+    apart = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
+    if wrong := [name for name in apart if not name.startswith(HEAD)]:
+        raise InputError(
+            f"{folder}: {len(wrong)} weights do not fit network.name ({', '.join(wrong[:5])}); "
+            "give a model of the same network and options"
+        )
+    network.load_state_dict({n: w for n, w in weights.items() if n not in apart}, strict=False)
+
+
+def loss_function(config: PanopticConfig, device: torch.device, precision: torch.dtype) -> LossOf:
+    """The three losses in float32, the network in `precision`."""
+    settings = config.loss
+    weights = PanopticWeights(settings.semantic, settings.centre, settings.offset)
+
+    def loss_of(network: nn.Module, batch: PanopticBatch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            output = network(batch.image)
+        return panoptic_loss(output, batch.targets, hardest=settings.hardest, weights=weights).total
+
+    return loss_of
+
+
+def finish(
+    run: Path, card: PanopticCard, state: State, validation: PanopticImages, look: PanopticSegmenter
+) -> PanopticEvaluation:
+    """Write model/ from the best weights, segment the validation images with it and report."""
+    provenance = {
+        "medattn": __version__,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "validation_pq": state.best,
+        "seconds": round(state.seconds),
+        "validation_images": len(validation),
+    }
+    save_panoptic(run / "model", replace(card, provenance=provenance), load_file(run / BEST))
+    card, network = load_panoptic(run / "model")
+    final = PanopticSegmenter(card, network, look.device, look.precision, look.workers)
+    images = {number: Path(validation.name(i)) for i, number in enumerate(validation.image_ids)}
+    with case_progress("Segmenting", len(images)) as on_image:
+        json, problems = write_predictions(final, images, run / "predictions", on_image)
+    if problems:
+        raise InputError(*problems)
+    return evaluate_files(read_panoptic(json), validation.as_file(), run / "report", images=validation.images)
