@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.errors import InputError
+from medattn.training.distributed import ALONE, Processes, held_gradients
 
 
 class Batch(Protocol):
@@ -97,6 +98,7 @@ def fit(
     started: float,
     reserve_seconds: float = 0.0,
     accumulate: int = 1,
+    processes: Processes = ALONE,
 ) -> str:
     """Train until `limits` say stop; returns why: "steps", "time", "patience", "SIGTERM" or "SIGINT".
 
@@ -105,12 +107,15 @@ def fit(
     batches: from `state.step` on, `accumulate` of them for each step. validate: a score, higher is better, of
     `averaged`. `save` is called every `save_every` steps and once at the end, also after SIGTERM or Ctrl-C,
     so that a run can go on from there.
+    processes: those that train together, each with its share of every batch and the same score; they stop at
+    the same step, by the main process's clock and by a signal to any of them.
 
     Raises InputError with step and case names for a loss or gradient that is not finite.
     """
     clock = Clock(state, limits, started, reserve_seconds)
-    with caught_signals() as stop:
+    with caught_signals() as caught:
         while True:
+            stop = clock.agree(processes, caught)
             if reason := _reason(state, limits, clock, stop):
                 break
             begun = time.perf_counter()
@@ -119,7 +124,7 @@ def fit(
             rate = schedule.rate(state.step, clock.progress())
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, norm = training_step(model, parts, loss_of, optimizer, clip, state.step)
+            loss, norm = training_step(model, parts, loss_of, optimizer, clip, state.step, processes)
             averaged.update_parameters(model)
             state.step += 1
             clock.tick()
@@ -134,7 +139,8 @@ def fit(
             _validate(state, validate, keep_best)
         clock.tick()
         save()
-        return signal.Signals(stop[0]).name if stop else reason
+        stop = clock.agree(processes, caught)
+        return signal.Signals(stop).name if stop else reason
 
 
 def training_step(
@@ -144,21 +150,29 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     clip: float | None,
     step: int,
+    processes: Processes = ALONE,
 ) -> tuple[float, float]:
-    """One update from the mean gradient of some batches; returns loss and gradient norm before clipping."""
+    """One update from the mean gradient of some batches; returns loss and gradient norm before clipping.
+
+    model: as `processes.wrap` gives it. Gradient and loss are means over the processes, whose shares of a
+    batch are equal.
+    """
     total = 0.0
-    for batch in parts:
-        loss = loss_of(model, batch) / len(parts)
-        if not math.isfinite(loss.item()):
-            raise InputError(_diverged("the loss", step, batch))
-        loss.backward()  # type: ignore[no-untyped-call]
+    for number, batch in enumerate(parts, start=1):
+        with held_gradients(model, number < len(parts)):
+            loss = loss_of(model, batch) / len(parts)
+            if not math.isfinite(loss.item()):
+                raise InputError(_diverged("the loss", step, batch.cases))
+            loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
     if not math.isfinite(norm.item()):
-        raise InputError(_diverged("a gradient", step, parts[-1]))
+        # the gradient is everyone's, so anyone's cases may be the cause
+        cases = [case for several in processes.gathered(parts[-1].cases) for case in several]
+        raise InputError(_diverged("a gradient", step, cases))
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm.item()
+    return processes.mean(total), norm.item()
 
 
 class Clock:
@@ -178,6 +192,15 @@ class Clock:
     def reserve(self, seconds: float) -> None:
         """Keep this long free before the limit, for the last validation."""
         self._reserve = RESERVE * seconds
+
+    def agree(self, processes: Processes, caught: Sequence[int]) -> int:
+        """The signal that one of the processes caught first, 0 if none; the clock becomes the main one's."""
+        number = caught[0] if caught else 0
+        if processes.world == 1:
+            return number
+        mine = (self._state.seconds, self._reserve) if processes.main else (0.0, 0.0)
+        agreed, self._state.seconds, self._reserve = processes.largest(number, *mine)
+        return int(agreed)
 
     def progress(self) -> float:
         """Share of the run that is over."""
@@ -238,9 +261,9 @@ def _validate(state: State, validate: Callable[[], float], keep_best: Callable[[
     return time.monotonic() - started
 
 
-def _reason(state: State, limits: Limits, clock: Clock, stop: list[int]) -> str:
+def _reason(state: State, limits: Limits, clock: Clock, stop: int) -> str:
     if stop:
-        return signal.Signals(stop[0]).name
+        return signal.Signals(stop).name
     if state.step >= limits.steps:
         return "steps"
     if limits.max_seconds is not None and clock.progress() >= 1:
@@ -248,8 +271,8 @@ def _reason(state: State, limits: Limits, clock: Clock, stop: list[int]) -> str:
     return "patience" if limits.patience is not None and state.stale >= limits.patience else ""
 
 
-def _diverged(what: str, step: int, batch: Batch) -> str:
+def _diverged(what: str, step: int, cases: Sequence[str]) -> str:
     return (
-        f"training stopped: {what} is not finite at step {step} on cases {', '.join(batch.cases)}; "
+        f"training stopped: {what} is not finite at step {step} on cases {', '.join(cases)}; "
         "look at these cases with `medattn check`, or lower training.learning_rate, then --resume"
     )

@@ -47,6 +47,40 @@ options of the others; without the last five, images are seen as the source eval
 
 How a network is evaluated is not always published; a view that was assumed is printed as such."""
 
+TRACK_EXAMPLES = (
+    "medattn track sync runs/hn_ct",
+    "MLFLOW_TRACKING_URI=http://mlflow.example:5000 medattn track sync runs/*",
+    "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db",
+)
+TRACK_NOTES = """\
+A training writes metrics.jsonl and run.json into its run folder, and MLflow follows in the background: into
+the server of the variable MLFLOW_TRACKING_URI, or without it into mlflow.db beside the run folder. A server
+that is slow, down or away never holds a step. What it missed is sent when it is back, and at the end of the
+training; what is missing then, `medattn track sync RUN` sends: parameters, tags, data hashes, metrics,
+report, model and the final state. It compares first, so the same command twice changes nothing. It goes to
+--to, else to MLFLOW_TRACKING_URI, else to where the training went.
+
+to look at runs:
+  mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   then http://127.0.0.1:5000 in a browser
+  MLFLOW_TRACKING_URI=http://SERVER:5000 medattn train ... and that address in a browser
+
+  An experiment is called as the config file is; trials of a sweep stand below the sweep's run. The model of
+  a run is an artefact, and a version of the registered model of the experiment's name, with the numbers of
+  its report as tags (not for trials and folds). In Python, paths in, segmentations or classes out:
+    mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
+    mlflow.pyfunc.load_model("models:/hn_ct/1").predict(["scan.nii.gz"])
+
+A password belongs into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. One in the URI works too, and
+is shown as user:***@ in all that is written. How busy the machine is, is recorded where the packages
+psutil (processor, memory, disk, network) and nvidia-ml-py (GPUs) are installed."""
+
+TASK_OPTIONS = {  # options of `evaluate` that one task has
+    "baseline": "volumes",
+    "real": "classification",
+    "ground_truth": "classification",
+    "images": "panoptic",
+}
+
 
 def phantom(parser: ArgumentParser) -> None:
     """OUT --cases --size --seed"""
@@ -96,8 +130,14 @@ def import_(parser: ArgumentParser) -> None:
 
 
 def check(parser: ArgumentParser) -> None:
-    """DATA --repair --labels --workers"""
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder in medattn's case layout")
+    """DATA --repair --labels --workers --images"""
+    parser.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="folder in medattn's case layout; or a JSON file of the COCO panoptic format with its PNGs in "
+        "the folder of the same name beside it, or a folder of such files",
+    )
     parser.add_argument(
         "--repair",
         action="store_true",
@@ -105,6 +145,9 @@ def check(parser: ArgumentParser) -> None:
     )
     _label_set(parser)
     _workers(parser)
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="of the photos of panoptic files, to check as well"
+    )
 
 
 def train(parser: ArgumentParser) -> None:
@@ -148,14 +191,14 @@ def predict(parser: ArgumentParser) -> None:
 
 
 def evaluate(parser: ArgumentParser) -> None:
-    """--prediction --reference --output --task --baseline --labels --workers --real --ground-truth"""
+    """--prediction --reference --output --task --baseline --labels --workers, and those of one task"""
     parser.add_argument(
         "--prediction",
         type=Path,
         required=True,
         metavar="P",
         help="folder of <case>.nii.gz with labels.json; of images, one of predictions.csv with classes.json, "
-        "or that table",
+        "or that table; panoptic, a JSON file of COCO's format with its PNGs in the folder of the same name",
     )
     parser.add_argument(
         "--reference",
@@ -163,14 +206,14 @@ def evaluate(parser: ArgumentParser) -> None:
         required=True,
         metavar="R",
         help="folder of case folders with label.nii.gz, or of <case>.nii.gz, with labels.json; of images, a "
-        "folder per class, named by wnid",
+        "folder per class, named by wnid; panoptic, a JSON file as for the prediction",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument(
         "--task",
-        choices=("volumes", "classification"),
+        choices=("volumes", "panoptic", "classification"),
         default="volumes",
-        help="what the folders hold (default: %(default)s)",
+        help="what is compared (default: %(default)s)",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="P2", help="another prediction to compare with; volumes only"
@@ -186,6 +229,10 @@ def evaluate(parser: ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="classes of a flat folder of images: lines `file wnid`, or the data folder of ImageNet's devkit",
+    )
+    panoptic = parser.add_argument_group("with --task panoptic")
+    panoptic.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="of the photos, for the pictures of the report"
     )
 
 
@@ -207,6 +254,13 @@ def networks(parser: ArgumentParser) -> None:
         "pattern", nargs="?", default="*", metavar="PATTERN", help="of names, such as 'xcit_*' (default: all)"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list for programs")
+
+
+def track(parser: ArgumentParser) -> None:
+    """sync RUN... --to"""
+    parser.add_argument("action", choices=("sync",), metavar="sync", help="send what MLflow lacks")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, such as runs/hn_ct")
+    parser.add_argument("--to", metavar="URI", help="MLflow server or database, in place of the run's own")
 
 
 def convert(parser: ArgumentParser) -> None:

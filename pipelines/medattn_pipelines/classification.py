@@ -22,8 +22,10 @@ from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingI
 from medattn.errors import InputError
 from medattn.networks.registry import task_of
 from medattn.report.classification import ImageEvaluation
+from medattn.training.distributed import Processes, joined
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
 from medattn.training.optimizers import make_optimizer
+from medattn.training.synced_batch_norm import synchronise_batch_norms
 from medattn_pipelines.configfile import dump
 from medattn_pipelines.fitting import BEST, Learner, fit_run
 from medattn_pipelines.image_evaluation import evaluate_source
@@ -57,35 +59,55 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
     """Train a classifier and report on the validation images.
 
     The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
-    model/, predictions/ and report/. Raises InputError for unusable data, for a run folder that exists
-    (unless resume or overwrite) and when training diverges.
+    model/, predictions/ and report/. Under torchrun all processes train together, and the main one writes.
+
+    Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and when
+    training diverges.
     """
     started = time.monotonic()
-    run = open_run(config, resume=resume, overwrite=overwrite)
-    device = choose_device(config.training.device)
+    with joined(choose_device(config.training.device)) as processes:
+        return _train(config, processes, started, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    config: ImageConfig, processes: Processes, started: float, *, resume: bool, overwrite: bool
+) -> Trained:
+    run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
+    device = processes.device
     precision = choose_precision(config.training.precision, device)
-    images, validation = read_images(config)
+    with processes.main_first():  # it makes the index of shards that the others find
+        images, validation = read_images(config)
+    images = replace(images, rank=processes.rank, world=processes.world)
     card = describe_model(config, images.source.classes)
     torch.manual_seed(config.seed)
     network = card.build()
     if config.network.weights is not None:
         start_from(config.network.weights, network)
-    network = to_device(network, device, config)
-    averaged = averaged_model(network, config.training.ema_decay)
     training = config.training
+    if training.sync_batch_norm and processes.world > 1:
+        synchronise_batch_norms(network)
+    network = to_device(network, device, config)
+    averaged = averaged_model(network, training.ema_decay)
     optimizer = make_optimizer(
         training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
     )
     learner = Learner(network, averaged, optimizer)
     if resume:
-        learner.load(run)
-    write_text(run / "config.yaml", dump(config))
+        learner.load(run, processes)
+    if processes.main:
+        write_text(run / "config.yaml", dump(config))
     begun = time.monotonic()
     look = Classifier(card, averaged.module, device, precision, config.data.workers)
-    look.top1(validation, most=1)  # shows now, not in an hour, that images and memory suffice
-    batches = -(-len(validation.source) // validation.batch_size)
+    look.top1(validation, most=1, processes=processes)  # shows now, not in an hour, that memory suffices
+    batches = -(-len(validation.source) // (validation.batch_size * processes.world))
     reserve_seconds = RESERVE * batches * (time.monotonic() - begun)
     skipped: dict[str, Skipped] = {}
+
+    def validate() -> tuple[float, dict[str, float]]:
+        for found in processes.gathered(skipped):
+            skipped.update(found)
+        return look.top1(validation, processes=processes)
+
     reason, evaluation = fit_run(
         config,
         run,
@@ -95,13 +117,14 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
         make_schedule(config, images),
         make_limits(config, images),
         score="top-1",
-        validate=lambda: look.top1(validation),
+        validate=validate,
         finish=lambda: finish(config, run, card, learner.state, validation, look),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
         model=torch.compile(network) if training.compile else None,  # type: ignore[arg-type]
         accumulate=training.accumulate,
+        processes=processes,
     )
     return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from medattn.errors import InputError
 from medattn_pipelines import arguments
 
 if TYPE_CHECKING:
-    from medattn.data.check import Checkup
+    from medattn_pipelines.configfile import AnyConfig
     from medattn_pipelines.imageconfig import ImageConfig
+    from medattn_pipelines.panopticconfig import PanopticConfig
 
 
 @dataclass(frozen=True)
@@ -64,37 +65,35 @@ def import_(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     """Print a table of findings; 1 if there is an error among them."""
-    from medattn.data.cases import load_cases
-    from medattn.data.check import check_folder
-    from medattn.data.repair import complete_contoured
-    from medattn.labels import LabelSet
-    from medattn_pipelines.progress import case_progress, print_table
+    from medattn_pipelines import checking
 
-    label_set = LabelSet.load(args.labels)
-
-    def examine() -> Checkup:
-        with case_progress("Reading cases", len(load_cases(args.data)[0].cases)) as tick:
-            return check_folder(args.data, label_set, workers=args.workers, on_case=tick)
-
-    checkup = examine()
-    if args.repair and (added := complete_contoured(args.data, checkup.fingerprints)):
-        rows = [(case, ", ".join(organs)) for case, organs in added.items()]
-        print_table(f"Added to contoured in {args.data}", ("case", "organs"), rows)
-        checkup = examine()
-    if findings := [(f.case, f.severity, f.cause, f.repair) for f in checkup.findings]:
-        print_table(f"Findings in {args.data}", ("case", "severity", "cause", "repair"), findings)
-    errors = sum(finding.severity == "error" for finding in checkup.findings)
-    print(f"{args.data}: errors: {errors}, warnings and notes: {len(findings) - errors}")
-    return 1 if errors else 0
+    return checking.check(args)
 
 
 def train(args: Namespace) -> int:
     """Train; 0 also when SIGTERM ended it, which is how a scheduler asks, and 2 when Ctrl-C did."""
     from medattn_pipelines.configfile import load_any
 
-    config = load_any(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    try:
+        config = load_any(args.config, args.overrides)  # before torch is imported: a typo shows at once
+    except InputError:
+        # torchrun's variable, asked without torch, whose import takes longer than finding a typo
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None  # another process of this machine says the same
+        raise
+    from medattn.training.distributed import joined
+    from medattn_pipelines.runs import choose_device
+
+    with joined(choose_device(config.training.device)) as processes:  # torchrun's, of which one prints
+        code = _train_by_task(config, args)
+        return code if processes.main else 0
+
+
+def _train_by_task(config: AnyConfig, args: Namespace) -> int:
     if config.task == "classification":
         return _train_images(config, args)
+    if config.task == "panoptic":
+        return _train_panoptic(config, args)
     from medattn_pipelines.progress import print_scores
     from medattn_pipelines.volumes import train as train_volumes
 
@@ -123,19 +122,41 @@ def _train_images(config: ImageConfig, args: Namespace) -> int:
     return 0
 
 
+def _train_panoptic(config: PanopticConfig, args: Namespace) -> int:
+    from medattn_pipelines.image_evaluation import print_unreadable
+    from medattn_pipelines.panoptic import train as train_panoptic
+    from medattn_pipelines.panoptic_evaluation import print_summary
+
+    done = train_panoptic(config, resume=args.resume, overwrite=args.overwrite)
+    print_unreadable("training images that cannot be used and were replaced", done.skipped)
+    if done.evaluation is None:
+        return _stopped(done.reason, done.step)
+    print_summary("Validation images", done.evaluation)
+    print(f"predictions: {done.run / 'predictions' / 'predictions.json'} (pictures in overlays/ beside it)")
+    print(f"model:       {done.run / 'model'}")
+    print(f"report:      {done.run / 'report' / 'report.html'}")
+    return 0
+
+
 def _stopped(reason: str, step: int) -> int:
     print(f"stopped by {reason} at step {step}; the same command with --resume continues it")
     return 0 if reason == "SIGTERM" else 2
 
 
 def predict(args: Namespace) -> int:
-    """Segment volumes, or classify images: what the model does."""
-    from medattn.modelfolder import CLASSIFICATION, model_task
+    """Segment volumes, classify images or segment them: what the model does."""
+    from medattn.modelfolder import CLASSIFICATION, PANOPTIC, model_task
 
-    if model_task(args.model) == CLASSIFICATION:
+    task = model_task(args.model)
+    if task == CLASSIFICATION:
         from medattn_pipelines.image_prediction import predict as predict_images
 
         print(f"predictions: {predict_images(args.model, args.inputs, args.output, device=args.device)}")
+        return 0
+    if task == PANOPTIC:
+        from medattn_pipelines.panoptic_prediction import predict as predict_panoptic
+
+        print(f"predictions: {predict_panoptic(args.model, args.inputs, args.output, device=args.device)}")
         return 0
     from medattn_pipelines.prediction import predict as predict_volumes
 
@@ -146,13 +167,18 @@ def predict(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     """Score predictions, print the means and write the report."""
+    for name, task in arguments.TASK_OPTIONS.items():
+        if getattr(args, name) is not None and args.task != task:
+            raise InputError(
+                f"--{name.replace('_', '-')}: found with --task {args.task}, expected with --task {task} "
+                "alone; leave it out or give that task"
+            )
     if args.task == "classification":
         return _evaluate_images(args)
-    if given := [name for name in ("real", "ground_truth") if getattr(args, name) is not None]:
-        raise InputError(
-            f"--{given[0].replace('_', '-')}: found with --task {args.task}, expected with --task "
-            "classification alone; leave it out or give that task"
-        )
+    if args.task == "panoptic":
+        from medattn_pipelines.panoptic_evaluation import evaluate_command
+
+        return evaluate_command(args)
     from medattn_pipelines.evaluation import evaluate as evaluate_folders
     from medattn_pipelines.progress import case_progress, print_scores
 
@@ -175,10 +201,6 @@ def _evaluate_images(args: Namespace) -> int:
     from medattn_pipelines.image_evaluation import evaluate as evaluate_images
     from medattn_pipelines.image_evaluation import print_summary
 
-    if args.baseline is not None:
-        raise InputError(
-            "--baseline: found with --task classification, expected with --task volumes alone; leave it out"
-        )
     evaluation = evaluate_images(
         args.prediction, args.reference, args.output, real=args.real, ground_truth=args.ground_truth
     )
@@ -204,47 +226,17 @@ def export(args: Namespace) -> int:
 
 
 def networks(args: Namespace) -> int:
-    """List networks with their families and parameter counts; nothing is allocated."""
-    from medattn.networks import names
-    from medattn.networks.registry import family, task_of
-    from medattn_pipelines.progress import print_table
+    """List networks with their families and parameter counts."""
+    from medattn_pipelines import listing
 
-    rows = [(name, family(name), task_of(name), *_counts(name)) for name in names(args.pattern)]
-    if args.json:
-        keys = ("name", "family", "task", "parameters_2d", "parameters")
-        # of networks for images alone, which have no count in 3D, that in 2D
-        found = [dict(zip(keys, (*row[:4], row[4] or row[3]), strict=True)) for row in rows]
-        print(json.dumps(found, indent=1))
-    else:
-        header = ("name", "family", "task", "parameters in 2D", "in 3D")
-        print_table("", header, rows)
-        print("parameters: of segmentation with 1 channel in and 8 out, of classification with 1000 classes")
-    return 0
+    return listing.networks(args)
 
 
-def _counts(name: str) -> tuple[int | None, int | None]:
-    """Parameters in 2D and in 3D; None where a network is not made for so many axes."""
-    from medattn.networks.registry import task_of
+def track(args: Namespace) -> int:
+    """Bring MLflow's copies of runs up to what their folders hold."""
+    from medattn_pipelines import tracksync
 
-    if task_of(name) == "classification":
-        return _parameters(name), None
-    options = {"in_channels": 1, "out_channels": 8}
-    return _parameters(name, spatial_dims=2, **options), _parameters(name, spatial_dims=3, **options)
-
-
-def _parameters(name: str, **options: int) -> int | None:
-    """How many a network has; None if it is not made with these options."""
-    import torch
-
-    from medattn.errors import InputError
-    from medattn.networks import create
-
-    try:
-        with torch.device("meta"):
-            network = create(name, **options)
-    except InputError:
-        return None
-    return sum(weight.numel() for weight in network.parameters())
+    return tracksync.track(args)
 
 
 def convert(args: Namespace) -> int:
@@ -264,6 +256,9 @@ def _train_notes() -> str:
 
     return (
         "Ctrl-C or SIGTERM saves a checkpoint and stops; --resume continues from it.\n\n"
+        "Many GPUs: torchrun --nproc-per-node 4 $(which medattn) train CONFIG ...\n"
+        "The processes share the batch of the config, so that a run means the same with any number of\n"
+        "them, and --resume may take another number. torchrun's own options are for many machines.\n\n"
         f"fields of a config, with their defaults:\n{explain()}"
     )
 
@@ -296,8 +291,12 @@ COMMANDS = {
         lambda: IMPORT_KINDS,
     ),
     "check": Command(
-        "Examine a folder of cases: every finding with its cause and its repair.",
-        ("medattn check data/hn_ct", "medattn check data/hn_ct --repair"),
+        "Examine a folder of cases or panoptic files: every finding with its cause and its repair.",
+        (
+            "medattn check data/hn_ct",
+            "medattn check data/hn_ct --repair",
+            "medattn check coco/annotations/panoptic_val2017.json --images coco/val2017",
+        ),
         arguments.check,
         check,
         lambda: CHECK_CODES,
@@ -324,11 +323,14 @@ COMMANDS = {
         predict,
     ),
     "evaluate": Command(
-        "Compare predictions with references: overlap and distances of organs, accuracy of classes, report.",
+        "Compare predictions with references: overlap and distances of organs, accuracy of classes, panoptic "
+        "quality, report.",
         (
             "medattn evaluate --prediction out --reference data/hn_ct --output report",
             "medattn evaluate --prediction out --reference data/hn_ct --output report --baseline other",
             "medattn evaluate --task classification --prediction out --reference images/val --output report",
+            "medattn evaluate --task panoptic --prediction out/panoptic.json --reference "
+            "coco/annotations/panoptic_val2017.json --images coco/val2017 --output report",
         ),
         arguments.evaluate,
         evaluate,
@@ -338,6 +340,13 @@ COMMANDS = {
         ("medattn export out/case_1.nii.gz --as seg.nrrd --output case_1.seg.nrrd",),
         arguments.export,
         export,
+    ),
+    "track": Command(
+        "Bring MLflow's copies of runs up to date, and how to look at them.",
+        arguments.TRACK_EXAMPLES,
+        arguments.track,
+        track,
+        lambda: arguments.TRACK_NOTES,
     ),
     "networks": Command(
         "List the networks: names, families, parameter counts.",

@@ -101,6 +101,12 @@ class Run(Section):
         default=None, description="The run folder; null = runs/<name of the config file>"
     )
     tracking: bool = Field(default=True, description="Mirror parameters and metrics to MLflow")
+    experiment: str | None = Field(
+        default=None, min_length=1, description="MLflow's experiment; null = name of the config file"
+    )
+    parent: str | None = Field(
+        default=None, min_length=1, description="Key in run.json of the sweep that this run is a trial of"
+    )
 
 
 class Network(Section):

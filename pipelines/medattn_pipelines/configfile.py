@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,10 +15,14 @@ from pydantic import BaseModel, ValidationError
 from medattn.errors import InputError
 from medattn_pipelines.config import Config
 from medattn_pipelines.imageconfig import ImageConfig
+from medattn_pipelines.panopticconfig import PanopticConfig
 
-AnyConfig = Config | ImageConfig
-ConfigT = TypeVar("ConfigT", Config, ImageConfig)
-TASKS: dict[str, type[Config] | type[ImageConfig]] = {"volumes": Config, "classification": ImageConfig}
+AnyConfig = Config | ImageConfig | PanopticConfig
+TASKS: dict[str, type[AnyConfig]] = {
+    "volumes": Config,
+    "classification": ImageConfig,
+    "panoptic": PanopticConfig,
+}
 
 Loc = tuple[int | str, ...]
 
@@ -42,27 +46,36 @@ for _side in (_Loader, _Dumper):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a training on volumes in a YAML file, with `a.b=value` overrides applied in order.
 
-    run.dir is filled in. Relative paths in a config are relative to the working directory. Raises InputError
-    with one line per problem, `file:line: field: what` or `override '...': field: what`.
+    run.dir and run.experiment are filled in. Relative paths in a config are relative to the working
+    directory. Raises InputError with one line per problem, `file:line: field: what` or `override '...':
+    field: what`.
     """
-    return _validated(_read(Path(path), overrides), Config)
+    config = validated(read_source(Path(path), overrides), Config)
+    assert isinstance(config, Config)
+    return config
 
 
 def load_any(path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """The same for whichever task the file names."""
-    source = _read(Path(path), overrides)
+    return load_source(read_source(Path(path), overrides))
+
+
+def load_source(source: Source) -> AnyConfig:
+    """The config in a source, of whichever task it names. Raises InputError as `load` does."""
     task = source.content.get("task", "volumes")
     if task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(TASKS)}"
         raise InputError(f"{source.place(('task',))}: task: {task!r} is no task{hint}")
-    model = TASKS[task]
-    return _validated(source, Config) if model is Config else _validated(source, ImageConfig)
+    return validated(source, TASKS[task])
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A file with the overrides applied, and the complaints so far. node: knows the file's lines."""
+class Source:
+    """A file with the overrides applied, and the complaints so far.
+
+    node: knows the file's lines. overrides: where each was given, for people, and the field that it replaces.
+    """
 
     path: Path
     node: yaml.Node
@@ -72,25 +85,27 @@ class _Source:
 
     def place(self, loc: Loc) -> str:
         """Where a field was set: `file:line` or the override."""
-        place = f"{self.path}:{_line(self.node, loc)}"
-        for override, keys in self.overrides:
+        place = f"{self.path}:{line_of(self.node, loc)}"
+        for given, keys in self.overrides:
             if keys == loc[: len(keys)] or loc == keys[: len(loc)]:
-                place = f"override {override!r}"
+                place = given
         return place
 
 
-def _read(path: Path, overrides: Sequence[str]) -> _Source:
+def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
+    """A YAML file with overrides applied, not yet compared with any model. Raises InputError where it is none."""
     node, content, problems = _parse(path)
     applied = []
     for override in overrides:
         try:
-            applied.append((override, _apply(content, override)))
+            applied.append((f"override {override!r}", apply_override(content, override)))
         except InputError as error:
             problems += error.problems
-    return _Source(path, node, content, applied, problems)
+    return Source(path, node, content, applied, problems)
 
 
-def _validated(source: _Source, model: type[ConfigT]) -> ConfigT:
+def validated(source: Source, model: type[AnyConfig]) -> AnyConfig:
+    """The config in a source. Raises InputError with one line per problem, its place first."""
     problems = list(source.problems)
     try:
         content = {key: value for key, value in source.content.items() if value is not None}
@@ -99,7 +114,9 @@ def _validated(source: _Source, model: type[ConfigT]) -> ConfigT:
         problems += [_sentence(source, model, detail) for detail in error.errors(include_url=False)]
     if problems:
         raise InputError(*problems)
-    run = config.run.model_copy(update={"dir": config.run.dir or Path("runs") / source.path.stem})
+    stem = source.path.stem
+    named = {"dir": config.run.dir or Path("runs") / stem, "experiment": config.run.experiment or stem}
+    run = config.run.model_copy(update=named)
     return config.model_copy(update={"run": run})
 
 
@@ -110,7 +127,7 @@ def dump(config: AnyConfig) -> str:
 
 def flatten(config: AnyConfig) -> dict[str, Any]:
     """Every field by its dotted path, as overrides spell it: {"training.steps": 20000, ...}."""
-    return dict(_leaves(config.model_dump(mode="json")))
+    return dict(leaves(config.model_dump(mode="json")))
 
 
 def explain() -> str:
@@ -132,12 +149,13 @@ def _explain(model: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def leaves(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The values in nested sections with their dotted paths."""
+    found: list[tuple[str, Any]] = []
     for key, value in content.items():
         nested = isinstance(value, dict)
-        leaves += _leaves(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
-    return leaves
+        found += leaves(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    return found
 
 
 def _parse(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
@@ -184,7 +202,8 @@ def _repeated_keys(path: Path, node: yaml.Node | None, prefix: str = "") -> list
     return problems
 
 
-def _apply(content: dict[Any, Any], override: str) -> Loc:
+def apply_override(content: dict[Any, Any], override: str) -> Loc:
+    """Set a field of nested sections as `a.b=value` says; returns its keys. Raises InputError."""
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
@@ -195,18 +214,26 @@ def _apply(content: dict[Any, Any], override: str) -> Loc:
         raise InputError(f"override {override!r}: {_not_yaml(error)}") from None
     except ValueError as error:
         raise InputError(f"override {override!r}: not valid YAML: {error}") from None
+    put(content, keys, value, f"override {override!r}")
+    return keys
+
+
+def put(content: dict[Any, Any], keys: Loc, value: Any, place: str) -> None:
+    """Set a field of nested sections, which are made where they are missing.
+
+    Raises InputError, with the place where the value was given, for a section that is a value.
+    """
     section = content
     for depth, key in enumerate(keys[:-1], start=1):
         if section.get(key) is None:
             section[key] = {}
         section = section[key]
         if not isinstance(section, dict):
-            raise InputError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+            raise InputError(f"{place}: {'.'.join(map(str, keys[:depth]))} is a value, not a section")
     section[keys[-1]] = value
-    return keys
 
 
-def _sentence(source: _Source, model: type[BaseModel], detail: Any) -> str:
+def _sentence(source: Source, model: type[BaseModel], detail: Any) -> str:
     loc: Loc = detail["loc"]
     return f"{source.place(loc)}: {'.'.join(map(str, loc))}: {_reason(model, detail)}"
 
@@ -238,7 +265,7 @@ def _suggestion(config: type[BaseModel], loc: Loc) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(model.model_fields)}"
 
 
-def _line(node: yaml.Node, loc: Loc) -> int:
+def line_of(node: yaml.Node, loc: Loc) -> int:
     """The line, from 1, of the deepest part of `loc` that the file contains."""
     line = node.start_mark.line + 1
     for part in loc:

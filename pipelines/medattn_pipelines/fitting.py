@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.modelfolder import write_weights
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
+from medattn.training.distributed import ALONE, Processes
 from medattn.training.loop import Batch, Limits, Schedule, State, fit
 from medattn.training.tracking import Tracker
 from medattn_pipelines.configfile import AnyConfig, flatten
@@ -38,9 +41,10 @@ class Learner:
         """Write the checkpoint that a run resumes from."""
         save_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
 
-    def load(self, run: Path) -> None:
-        """Go on where `save` was called."""
-        load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
+    def load(self, run: Path, processes: Processes = ALONE) -> None:
+        """Go on where `save` was called, in as many processes as there are now."""
+        with processes.main_first():  # it may have to put the folder in order
+            load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
 
 
 def fit_run(
@@ -60,14 +64,73 @@ def fit_run(
     resume: bool,
     model: nn.Module | None = None,
     accumulate: int = 1,
+    processes: Processes = ALONE,
 ) -> tuple[str, Evaluation | None]:
     """Train with a record of it in the run folder; returns why it ended, and what `finish` gives.
 
-    score: what `validate` measures; it returns that and what to log. finish: writes model/ and report/ from
-    the best weights; not called, and None, where a signal ended the training. model: what computes the loss,
-    the learner's network if None. The others as in `fit`.
+    score: what `validate` measures; it returns that, the same in all processes, and what to log. finish:
+    writes model/ and report/ from the best weights; not called, and None, where a signal ended the training.
+    model: what computes the loss, the learner's network if None. processes: only the main one writes, and
+    calls `finish`. The others as in `fit`.
     """
     state, averaged = learner.state, learner.averaged
+
+    def score_of_all() -> float:
+        processes.share_buffers(averaged)
+        return record.validation(*validate())
+
+    def only_main(write: Callable[[], None]) -> Callable[[], None]:
+        return write if processes.main else lambda: None
+
+    if processes.world > 1:
+        batches = _own_chance(batches, config.seed, state.step * accumulate, processes.rank)
+    wrapped = processes.wrap(learner.network if model is None else model)
+    with _recorded(config, run, state, limits, score, resume, processes) as record:
+        reason = fit(
+            wrapped,
+            batches,
+            loss_of,
+            learner.optimizer,
+            schedule,
+            averaged=averaged,
+            state=state,
+            limits=limits,
+            clip=config.training.gradient_clip,
+            on_step=record.step,
+            validate=score_of_all,
+            keep_best=only_main(lambda: write_weights(run / BEST, averaged.module.state_dict())),
+            save=only_main(lambda: learner.save(run)),
+            started=started,
+            reserve_seconds=reserve_seconds,
+            accumulate=accumulate,
+            processes=processes,
+        )
+        if record.tracker is None:
+            return reason, None
+        if reason.startswith("SIG"):
+            record.tracker.close("killed")
+            return reason, None
+        evaluation = finish()
+        record.tracker.artifact(run / "report")
+        record.tracker.artifact(run / "model")
+    return reason, evaluation
+
+
+@contextmanager
+def _recorded(
+    config: AnyConfig,
+    run: Path,
+    state: State,
+    limits: Limits,
+    score: str,
+    resume: bool,
+    processes: Processes,
+) -> Iterator[Record]:
+    """The record of a training, which only the main process keeps."""
+    every = config.training.log_every
+    if not processes.main:
+        yield Record(None, None, state, every, score)
+        return
     with (
         Tracker(
             run,
@@ -78,29 +141,15 @@ def fit_run(
         ) as tracker,
         training_progress(limits.steps) as show,
     ):
-        record = Record(tracker, show, state, config.training.log_every, score)
-        reason = fit(
-            learner.network if model is None else model,
-            batches,
-            loss_of,
-            learner.optimizer,
-            schedule,
-            averaged=averaged,
-            state=state,
-            limits=limits,
-            clip=config.training.gradient_clip,
-            on_step=record.step,
-            validate=lambda: record.validation(*validate()),
-            keep_best=lambda: write_weights(run / BEST, averaged.module.state_dict()),
-            save=lambda: learner.save(run),
-            started=started,
-            reserve_seconds=reserve_seconds,
-            accumulate=accumulate,
-        )
-        if reason.startswith("SIG"):
-            tracker.close("killed")
-            return reason, None
-        evaluation = finish()
-        tracker.artifact(run / "report")
-        tracker.artifact(run / "model")
-    return reason, evaluation
+        yield Record(tracker, show, state, every, score)
+
+
+def _own_chance(batches: Iterator[BatchT], seed: int, start: int, rank: int) -> Iterator[BatchT]:
+    """The batches from number `start` on; before each, what is random in a network is seeded by its number.
+
+    And by the process: else dropout would hit the same units in all of them. A checkpoint then need not hold
+    the random state of each, and only dropout depends on the number of processes.
+    """
+    for number, batch in enumerate(batches, start):
+        torch.manual_seed(int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0]))
+        yield batch

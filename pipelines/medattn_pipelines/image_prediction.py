@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from medattn.data.images.folder import SUFFIXES
 from medattn.data.images.reading import Skipped
 from medattn.data.images.sampling import EvaluationImages, ImageBatch
 from medattn.errors import InputError
+from medattn.training.distributed import ALONE, Processes
 from medattn_pipelines.prediction_table import BEST, Prediction, write_predictions
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision
@@ -58,12 +59,16 @@ class Classifier:
             if number == most:
                 return
 
-    def top1(self, images: EvaluationImages, most: int | None = None) -> tuple[float, dict[str, float]]:
-        """Share of the images whose best class is theirs, and what to log."""
+    def top1(
+        self, images: EvaluationImages, most: int | None = None, processes: Processes = ALONE
+    ) -> tuple[float, dict[str, float]]:
+        """Share of the images whose best class is theirs, and what to log; the processes share the images."""
         right = seen = 0
+        images = replace(images, rank=processes.rank, world=processes.world)
         for batch, logits in self.logits(images, most):
             right += int((logits.argmax(1) == batch.target).sum())
             seen += len(batch.target)
+        right, seen = processes.total(right, seen)
         score = right / max(1, seen)
         return score, {"validation_top1": score}
 

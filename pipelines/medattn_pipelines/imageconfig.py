@@ -131,6 +131,10 @@ class ImageTraining(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where there is one"
     )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="Under torchrun, batch norm over the images of all processes instead of each one's",
+    )
     channels_last: bool = Field(default=True, description="Channels innermost in memory: faster convolutions")
     compile: bool = Field(default=False, description="Compile the network with torch.compile")
     log_every: int = Field(default=20, ge=1, description="Steps between lines in metrics.jsonl")

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Protocol
 
 from medattn.training.loop import State
 from medattn.training.tracking import Tracker
 from medattn_pipelines.progress import Update
 
 
+class Listener(Protocol):
+    """Who wants to know how trainings go, such as a search. What it raises ends the training."""
+
+    def cases(self, scores: Mapping[str, float]) -> None:
+        """Before `validated`, where a validation has one: the score of each case."""
+
+    def validated(self, state: State, score: float) -> None:
+        """After a validation. state: its best score is that of the validations before."""
+
+
+# a context variable, so that no training has to hand it down
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Trainings in this block tell the listener of their validations."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tell_cases(scores: Mapping[str, float]) -> None:
+    """Tell a listener the score of each validation case."""
+    if listener := _LISTENER.get():
+        listener.cases(scores)
+
+
 @dataclass
 class Record:
     """Tells the progress line how a training goes, and the journal in means over log_every steps.
 
-    score: what validations measure, for the line.
+    tracker and show: None in processes that leave both to the main one. score: what validations measure, for
+    the line.
     """
 
-    tracker: Tracker
-    show: Update
+    tracker: Tracker | None
+    show: Update | None
     state: State
     log_every: int
     score: str
@@ -27,6 +61,8 @@ class Record:
 
     def step(self, values: Mapping[str, float]) -> None:
         """After each step."""
+        if self.tracker is None or self.show is None:
+            return
         best = self.state.best_step
         note = f"{self.score} {self.state.best:.3f} at step {best}" if best else ""
         self.show(self.state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
@@ -38,5 +74,8 @@ class Record:
 
     def validation(self, score: float, values: Mapping[str, float]) -> float:
         """After a validation: logs the values; returns the score, which ranks checkpoints."""
-        self.tracker.log(self.state.step, **values)
+        if self.tracker is not None:
+            self.tracker.log(self.state.step, **values)
+        if listener := _LISTENER.get():
+            listener.validated(self.state, score)
         return score

@@ -8,18 +8,25 @@ from pathlib import Path
 import torch
 
 from medattn.errors import InputError
+from medattn.training.distributed import ALONE, Processes
 from medattn_pipelines.configfile import AnyConfig
 
 TRACES = ("metrics.jsonl", "checkpoints", "model", "plan.json")  # what only a run writes
 
 
-def open_run(config: AnyConfig, *, resume: bool, overwrite: bool) -> Path:
-    """The run folder: new, emptied (overwrite) or as it was (resume).
+def open_run(config: AnyConfig, *, resume: bool, overwrite: bool, processes: Processes = ALONE) -> Path:
+    """The run folder: new, emptied (overwrite) or as it was (resume). The main process opens it for all.
 
     Raises InputError where a run exists and neither was asked for, where there is nothing to resume, and
     where a folder holds other things than a run: it is neither deleted nor mixed with one.
     """
-    run = config.run_dir
+    if processes.main:
+        _open(config.run_dir, resume, overwrite)
+    processes.wait()
+    return config.run_dir
+
+
+def _open(run: Path, resume: bool, overwrite: bool) -> None:
     names = {path.name for path in run.iterdir()} if run.is_dir() else set()
     if names and not names & set(TRACES):
         raise InputError(f"{run}: holds {sorted(names)[0]!r} and no run; choose another run.dir")
@@ -35,7 +42,6 @@ def open_run(config: AnyConfig, *, resume: bool, overwrite: bool) -> Path:
     if names and not resume:
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    return run
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -30,6 +30,7 @@ from medattn.metrics import dice
 from medattn.networks.registry import family, task_of
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
+from medattn.training.distributed import ALONE, Processes, joined, summed
 from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
 from medattn.training.optimizers import make_optimizer
 from medattn_pipelines.config import Config
@@ -38,6 +39,7 @@ from medattn_pipelines.evaluation import evaluate
 from medattn_pipelines.fitting import BEST, Learner, fit_run
 from medattn_pipelines.prediction import segment_all
 from medattn_pipelines.progress import case_progress
+from medattn_pipelines.record import tell_cases
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
 MOMENTUM = 0.99  # of sgd, as in nnU-Net
@@ -61,35 +63,34 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     """Train a network and report on the validation cases.
 
     The run folder gets config.yaml, plan.json, metrics.jsonl, checkpoints/ and, unless a signal ended the
-    training, model/, predictions/ and report/. Raises InputError for unusable data, for a run folder that
-    exists (unless resume or overwrite) and when training diverges.
+    training, model/, predictions/ and report/. Under torchrun all processes train together, and the main one
+    writes. Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and
+    when training diverges.
     """
     started = time.monotonic()
-    run = open_run(config, resume=resume, overwrite=overwrite)
-    device = choose_device(config.training.device)
+    with joined(choose_device(config.training.device)) as processes:
+        return _train(config, processes, started, resume=resume, overwrite=overwrite)
+
+
+def _train(config: Config, processes: Processes, started: float, *, resume: bool, overwrite: bool) -> Trained:
+    run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
+    device = processes.device
     precision = choose_precision(config.training.precision, device)
     label_set = LabelSet.load(config.data.label_set)
-    folder, plan = plan_data(config, run, label_set)
-    card = describe_model(config, folder, plan, label_set)
-    with torch.device("meta"):
-        card.build()  # a wrong option shows now, not after an hour of preparation
-    with case_progress("Preparing", len(folder.split("train"))) as on_case:
-        prepared = prepare_cases(
-            folder.split("train"),
-            folder.labels,
-            plan,
-            config.cache_dir,
-            workers=config.data.workers,
-            on_case=on_case,
-        )
-    require_examples(plan, prepared)
+    with processes.main_first():  # it writes the plan and the store that the others find
+        folder, plan = plan_data(config, run, label_set)
+        card = describe_model(config, folder, plan, label_set)
+        with torch.device("meta"):
+            card.build()  # a wrong option shows now, not after an hour of preparation
+        prepared = prepare(config, folder, plan)
     torch.manual_seed(config.seed)
     network = card.build().to(device)
     averaged = averaged_model(network, config.training.ema_decay)
     learner = Learner(network, averaged, make_volume_optimizer(config, network))
     if resume:
-        learner.load(run)
-    write_text(run / "config.yaml", dump(config))
+        learner.load(run, processes)
+    if processes.main:
+        write_text(run / "config.yaml", dump(config))
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
     segmenter = Segmenter(quick, averaged.module, device, precision)
@@ -97,23 +98,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     validation = folder.split("validation")
     begun = time.monotonic()
     segmenter.segment(read_volume(validation[0].image))  # shows now, not in an hour, that memory suffices
-    reserve_seconds = RESERVE * len(validation) * (time.monotonic() - begun)
+    mine = -(-len(validation) // processes.world)
+    reserve_seconds = RESERVE * mine * (time.monotonic() - begun)
 
     training = config.training
     reason, evaluation = fit_run(
         config,
         run,
         learner,
-        training_batches(config, card, prepared, device, learner.state.step),
+        training_batches(config, card, prepared, processes, learner.state.step),
         loss_function(device, precision),
         Schedule(training.learning_rate, training.warmup_steps, training.schedule),
         make_limits(config),
         score="Dice",
-        validate=lambda: validation_dice(segmenter, folder, plan.organs),
+        validate=lambda: validation_dice(segmenter, folder, plan.organs, processes),
         finish=lambda: finish(config, run, card, learner.state, folder, segmenter),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
+        processes=processes,
     )
     return Trained(run, reason, learner.state.step, evaluation)
 
@@ -150,6 +153,21 @@ def plan_data(config: Config, run: Path, label_set: LabelSet) -> tuple[CaseFolde
     )
     write_text(run / "plan.json", json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
     return folder, plan
+
+
+def prepare(config: Config, folder: CaseFolder, plan: Plan) -> list[Prepared]:
+    """The training cases on the plan's grid. Raises InputError where an organ is in none of them."""
+    with case_progress("Preparing", len(folder.split("train"))) as on_case:
+        prepared = prepare_cases(
+            folder.split("train"),
+            folder.labels,
+            plan,
+            config.cache_dir,
+            workers=config.data.workers,
+            on_case=on_case,
+        )
+    require_examples(plan, prepared)
+    return prepared
 
 
 def require_examples(plan: Plan, cases: Sequence[Prepared]) -> None:
@@ -221,21 +239,25 @@ def make_limits(config: Config) -> Limits:
 
 
 def training_batches(
-    config: Config, card: ModelCard, cases: Sequence[Prepared], device: torch.device, start: int
+    config: Config, card: ModelCard, cases: Sequence[Prepared], processes: Processes, start: int
 ) -> Iterator[Batch]:
-    """Augmented batches on the device, from step `start` on; each a function of seed and step alone."""
+    """This process's share of augmented batches on its device, from step `start` on; each batch a function of
+    seed and step alone."""
+    rank, world = processes.rank, processes.world
     sampler = PatchSampler(
         cases,
         card.plan.patch_size,
         config.training.batch_size,
         config.training.foreground_share,
         config.seed,
+        rank,
+        world,
     )
     changes = config.augment.model_dump()
     augment = Augmentation(card.plan.spacing_mm, card.mirror, **changes) if changes.pop("enabled") else None
     for step, batch in enumerate(sampler.batches(start, config.data.workers), start):
-        moved = batch.to(device)
-        yield augment(moved, seed=config.seed, step=step) if augment else moved
+        moved = batch.to(processes.device)
+        yield augment(moved, seed=config.seed, step=step, rank=rank, world=world) if augment else moved
 
 
 def loss_function(device: torch.device, precision: torch.dtype) -> Callable[[nn.Module, Batch], Tensor]:
@@ -244,26 +266,31 @@ def loss_function(device: torch.device, precision: torch.dtype) -> Callable[[nn.
     def loss_of(network: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             outputs = network(batch.image)
-        return segmentation_loss(outputs, batch.label, batch.drawn)
+        return segmentation_loss(outputs, batch.label, batch.drawn, summed)
 
     return loss_of
 
 
 def validation_dice(
-    segmenter: Segmenter, folder: CaseFolder, organs: Sequence[str]
+    segmenter: Segmenter, folder: CaseFolder, organs: Sequence[str], processes: Processes = ALONE
 ) -> tuple[float, dict[str, float]]:
     """Mean Dice over organs, and what to log: it and the mean of each organ, on the cases' own grids.
 
-    An organ counts in the validation cases that someone contoured it in.
+    An organ counts in the validation cases that someone contoured it in. The processes share the cases.
     """
-    scores: dict[str, list[float]] = {organ: [] for organ in organs}
+    scores: dict[str, dict[str, float]] = {}
     value_of = {name: value for value, name in folder.labels.items()}
-    for case in folder.split("validation"):
+    for case in folder.split("validation")[processes.rank :: processes.world]:
         predicted = segmenter.segment(read_volume(case.image))
         reference = read_volume(case.label).array
-        for organ in set(organs) & set(case.contoured):
-            scores[organ].append(dice(predicted == value_of[organ], reference == value_of[organ]))
-    means = {organ: fmean(values) for organ, values in scores.items() if values}
+        scores[case.name] = {
+            organ: dice(predicted == value_of[organ], reference == value_of[organ])
+            for organ in set(organs) & set(case.contoured)
+        }
+    scores = {case: of_case for share in processes.gathered(scores) for case, of_case in share.items()}
+    tell_cases({case: fmean(of_case.values()) for case, of_case in scores.items() if of_case})
+    drawn = {organ: [of_case[organ] for of_case in scores.values() if organ in of_case] for organ in organs}
+    means = {organ: fmean(values) for organ, values in drawn.items() if values}
     if not means:
         raise InputError(f"{folder.root}: no validation case has a contoured organ of {list(organs)}")
     mean = fmean(means.values())

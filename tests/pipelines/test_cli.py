@@ -186,6 +186,12 @@ def test_networks_are_listed_for_people_and_programs(capsys: pytest.CaptureFixtu
     assert unet["parameters"] == sum(weight.numel() for weight in built.parameters())
     published = next(row for row in rows if row["name"] == "block_unet_2d")  # for images alone
     assert published["parameters"] == published["parameters_2d"] == 13_394_567 + 65 + 2 * 12_481
+    panoptic = {row["name"]: row for row in rows if row["task"] == "panoptic"}  # for images alone, too
+    assert panoptic.keys() >= {
+        "panoptic_deeplab",
+        *(f"axial_deeplab_{size}" for size in ("s", "m", "l", "xl")),
+    }
+    assert panoptic["axial_deeplab_s"]["parameters"] == 12_216_568
     assert main(["networks"]) == 0
     assert str(unet["parameters"]) in capsys.readouterr().out
 

@@ -1,0 +1,108 @@
+"""Trainings in several processes, which torchrun starts, against the same in one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from medattn.training.distributed import ALONE, held_gradients, joined, summed
+from medattn.training.synced_batch_norm import SyncedBatchNorm, synchronise_batch_norms
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    arguments = [*launcher, str(processes), *map(str, command)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
+
+
+def worker() -> ModuleType:
+    spec = spec_from_file_location("distributed_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["distributed_worker"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_number_of_processes_changes_nothing(tmp_path: Path, world: int) -> None:
+    """Losses, weights and buffers after six steps; accumulation, synchronised batch norm, signals, time."""
+    done = torchrun(world, WORKER, "results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["process 0 speaks"]
+    ours = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    alone = worker().all_results(ALONE)
+    for name in ("plain", "accumulated", "batch norm"):
+        for result in ours:
+            close(result[name]["losses"], alone[name]["losses"])
+            for key, value in alone[name]["tensors"].items():
+                close(result[name]["tensors"][key], value)
+            assert result[name]["tensors"] == ours[0][name]["tensors"], "all hold the same to the bit"
+    for result in ours:
+        close(result["sums"], alone["sums"])
+        assert (result["signal"]["reason"], result["signal"]["step"]) == ("SIGTERM", 3)
+        assert result["time"]["reason"] == "time"
+        assert result["time"]["step"] == ours[0]["time"]["step"] > 1
+        assert result["agreements"] == {
+            "total": [sum(range(world)), world],
+            "largest": [0, world - 1],
+            "mean": pytest.approx((world - 1) / 2),
+            "gathered": [f"process {rank}" for rank in range(world)],
+        }
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("diverge", "the loss is not finite at step 0 on cases case_7"),
+        ("disagree", "only the main process fails"),
+        ("killed", "another process of this training ended without a word"),
+    ],
+)
+def test_one_that_fails_ends_all_with_one_sentence(tmp_path: Path, task: str, sentence: str) -> None:
+    """Within the limit of `torchrun` above, and not by its waiting for anyone."""
+    done = torchrun(2, WORKER, task, tmp_path)
+    assert done.returncode == 1, "torchrun's own code"
+    told = [line for line in done.stderr.splitlines() if line.startswith("told: ")]
+    assert len(told) <= 1 if task == "killed" else len(told) == 1, done.stderr
+    assert all(sentence in line for line in told)
+
+
+def test_alone_everything_is_as_without() -> None:
+    network = nn.Linear(2, 1)
+    assert ALONE.wrap(network) is network
+    assert (ALONE.total(3, 4), ALONE.mean(0.1), ALONE.gathered("x")) == ([3, 4], 0.1, ["x"])
+    values = torch.ones(2)
+    assert summed(values) is values
+    with joined(torch.device("cpu")) as processes, processes.main_first(), held_gradients(network, True):
+        assert (processes.world, processes.main) == (1, True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_synchronised_batch_norm_keeps_names_and_values() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)))
+    before, x = {k: v.clone() for k, v in network.state_dict().items()}, torch.randn(4, 1, 5, 5)
+    parameters = list(network.parameters())
+    expected = network.eval()(x)
+    synchronise_batch_norms(network)
+    assert sum(isinstance(module, SyncedBatchNorm) for module in network.modules()) == 2
+    assert network.state_dict().keys() == before.keys()
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+    assert torch.equal(network(x), expected)
