@@ -52,6 +52,8 @@ def logit_moments(
             check_table(name, table, q.shape[-1], q)
     if not len(q):
         raise ValueError("moments need at least one entry in the batch, got none")
+    if span is not None and span // 2 >= q.shape[1 + axis] - 1:
+        span = None  # it leaves no pair out
     offset = offsets(q.shape[1 + axis], q.device)
     seen = torch.ones_like(offset, dtype=torch.bool) if span is None else offset.abs() <= span // 2
     by_query = None if rel_q is None else _rows_met(rel_q, offset, seen)
