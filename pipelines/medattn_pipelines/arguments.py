@@ -74,6 +74,13 @@ A password belongs into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. O
 is shown as user:***@ in all that is written. How busy the machine is, is recorded where the packages
 psutil (processor, memory, disk, network) and nvidia-ml-py (GPUs) are installed."""
 
+TUNE_EXAMPLES = (
+    "medattn tune configs/tune/demo.yaml",
+    "medattn tune configs/tune/learning.yaml data.root=data/hn_ct --trials 30",
+    "medattn tune configs/tune/block_attention.yaml --check",
+    "medattn tune configs/tune/learning.yaml --storage postgresql://anna@db.hospital.org/tune --timeout 600",
+)
+
 TASK_OPTIONS = {  # options of `evaluate` that one task has
     "baseline": "volumes",
     "real": "classification",
@@ -248,6 +255,38 @@ def export(parser: ArgumentParser) -> None:
     _label_set(parser)
 
 
+def tune(parser: ArgumentParser) -> None:
+    """SPACE [a.b=c ...] --trials --timeout --storage --heartbeat --check"""
+    parser.add_argument("space", type=Path, metavar="SPACE", help="YAML file, as below")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="replaces a field of all trials' config"
+    )
+    parser.add_argument(
+        "--trials",
+        type=_positive,
+        metavar="N",
+        help="complete trials of the whole study (default: SPACE says)",
+    )
+    parser.add_argument(
+        "--timeout", type=_minutes, metavar="MIN", help="start no trial after so many minutes"
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="journal:FILE, for workers on one machine, or postgresql://USER@HOST/DATABASE "
+        "(default: journal:<run.dir>/study.journal)",
+    )
+    parser.add_argument(
+        "--heartbeat",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="with PostgreSQL: how often a worker shows itself; after three of these without, its trial is "
+        "run again (default: %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="check the space, and stop")
+
+
 def networks(parser: ArgumentParser) -> None:
     """[PATTERN] --json"""
     parser.add_argument(
@@ -320,6 +359,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes < float("inf"):
+        raise ArgumentTypeError(f"expected minutes above 0, got {text!r}")
+    return minutes
 
 
 def _share(text: str) -> float:

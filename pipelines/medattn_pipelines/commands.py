@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medattn.errors import InputError
-from medattn_pipelines import arguments
+from medattn_pipelines import arguments, reproduction
 
 if TYPE_CHECKING:
     from medattn_pipelines.configfile import AnyConfig
@@ -251,6 +251,19 @@ def convert(args: Namespace) -> int:
     return 0
 
 
+def tune(args: Namespace) -> int:
+    """Search for the best config."""
+    from medattn_pipelines.tuning.command import tune as tune_config
+
+    return tune_config(args)
+
+
+def _tune_notes() -> str:
+    from medattn_pipelines.tuning.command import notes
+
+    return notes()
+
+
 def _train_notes() -> str:
     from medattn_pipelines.configfile import explain
 
@@ -348,6 +361,14 @@ COMMANDS = {
         track,
         lambda: arguments.TRACK_NOTES,
     ),
+    "tune": Command(
+        "Search for the best config: a study of trainings, by any number of workers.",
+        arguments.TUNE_EXAMPLES,
+        arguments.tune,
+        tune,
+        _tune_notes,
+    ),
+    "reproduce": Command(*reproduction.COMMAND),
     "networks": Command(
         "List the networks: names, families, parameter counts.",
         ("medattn networks", "medattn networks 'unet_*'", "medattn networks --json"),

@@ -93,7 +93,7 @@ class Source:
 
 
 def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
-    """A YAML file with overrides applied, not yet compared with any model. Raises InputError where it is none."""
+    """A YAML file with overrides applied, not compared with any model yet. Raises InputError."""
     node, content, problems = _parse(path)
     applied = []
     for override in overrides:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
+from medattn.atomic import write_text
 from medattn.training.loop import State
+from medattn.training.runrecord import METRICS
 from medattn.training.tracking import Tracker
 from medattn_pipelines.progress import Update
 
@@ -57,7 +60,6 @@ class Record:
     state: State
     log_every: int
     score: str
-    recent: list[Mapping[str, float]] = field(default_factory=list)
 
     def step(self, values: Mapping[str, float]) -> None:
         """After each step."""
@@ -66,16 +68,30 @@ class Record:
         best = self.state.best_step
         note = f"{self.score} {self.state.best:.3f} at step {best}" if best else ""
         self.show(self.state.step, loss=values["loss"], seconds_left=values["seconds_left"], note=note)
-        self.recent.append(values)
+        # in the state, whose checkpoints may come between two lines
+        recent = self.state.recent
+        recent.append(dict(values))
         if self.state.step % self.log_every == 0:
-            means = {name: fmean(one[name] for one in self.recent) for name in values}
-            self.tracker.log(self.state.step, **means)
-            self.recent.clear()
+            means = {name: fmean(one[name] for one in recent) for name in values}
+            recent.clear()
+            self._log(means)
 
     def validation(self, score: float, values: Mapping[str, float]) -> float:
         """After a validation: logs the values; returns the score, which ranks checkpoints."""
-        if self.tracker is not None:
-            self.tracker.log(self.state.step, **values)
+        self._log(values)
         if listener := _LISTENER.get():
             listener.validated(self.state, score)
         return score
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.state.step, **values)
+            self.state.logged += 1
+
+
+def drop_later_lines(run: Path, state: State) -> None:
+    """Cut the journal to the lines that it had when `state` was saved; its last step may have had more."""
+    path = run / METRICS
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    if len(lines) > state.logged:
+        write_text(path, b"".join(lines[: state.logged]).decode("utf-8"))

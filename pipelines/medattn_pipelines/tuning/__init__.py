@@ -1,0 +1,1 @@
+"""Searches for the best config: spaces, studies that many workers share, trials, results."""
