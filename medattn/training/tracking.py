@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,6 +15,18 @@ from typing import Any, Literal, Self
 from medattn.atomic import write_text
 from medattn.errors import InputError
 from medattn.training.mirror import Mirror
+from medattn.training.mlflow_store import uri_for
+from medattn.training.redaction import redacted
+from medattn.training.runrecord import (
+    FILE,
+    METRICS,
+    DataSet,
+    TrainedModel,
+    hold,
+    new_record,
+    provenance,
+    read_record,
+)
 
 Status = Literal["finished", "failed", "killed"]
 
@@ -25,6 +39,12 @@ class Tracker:
     step stands twice, and mends a last line that a kill tore. Raises InputError for a metrics.jsonl that is
     damaged elsewhere.
 
+    experiment: MLflow's, where MLFLOW_EXPERIMENT_NAME names no other. parent: the key of the run that this
+    one belongs to, as a trial to its sweep; the two may start in any order, and on two machines. key: this
+    run's own, by which MLflow's copy is found for all time; drawn if None. Trackers of one key, such as those
+    of the machines that share a sweep, write one run of MLflow. data: what is learned from.
+
+    What ran is kept in run.json, from which `medattn track sync` makes MLflow's copy where that failed.
     Used as a context manager it closes itself: finished, failed on an exception, killed on Ctrl-C or exit.
     """
 
@@ -36,12 +56,33 @@ class Tracker:
         parameters: Mapping[str, Any],
         mirror: bool,
         resume_step: int | None = None,
+        experiment: str = "medattn",
+        parent: str | None = None,
+        key: str | None = None,
+        data: Sequence[DataSet] = (),
     ) -> None:
-        path = run_dir / "metrics.jsonl"
+        self._run_dir = run_dir.resolve()
+        path = run_dir / METRICS
         kept = "" if resume_step is None else _lines_until(path, resume_step)
         write_text(path, kept)
         self._file = path.open("a", encoding="utf-8")
-        self._mirror = Mirror(run_dir, name, parameters, resume=resume_step is not None) if mirror else None
+        hold(self._file)
+        if resume_step is not None and (run_dir / FILE).exists():
+            self.record = read_record(run_dir)
+        else:
+            experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
+            self.record = new_record(name, experiment, parent, key)
+        uri = uri_for(run_dir)
+        self.record.tracking_uri = redacted(uri) if mirror else None
+        self.record.begin(parameters, provenance(), data)
+        self.record.write(run_dir)
+        self._mirror = Mirror(self._run_dir, self.record, uri) if mirror else None
+        self._closed = False
+
+    @property
+    def key(self) -> str:
+        """What `parent` of the runs that belong to this one is."""
+        return self.record.key
 
     def log(self, step: int, **values: float) -> None:
         """Append one line. A value that is not finite is written as null, which JSON can hold."""
@@ -50,24 +91,56 @@ class Tracker:
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._run_dir / METRICS)  # a write that fails does not say where
+            raise
         if self._mirror is not None:
             self._mirror.wake()
 
     def artifact(self, path: Path) -> None:
-        """Have MLflow keep a copy of a file or folder."""
+        """Have MLflow keep a copy of a file or folder, as it is when MLflow takes it."""
         if not path.exists():
             raise FileNotFoundError(path)
-        if self._mirror is not None:
-            self._mirror.artifact(path)
+        if (name := self._relative(path)) not in self.record.artifacts:
+            self.record.artifacts.append(name)
+        self._recorded()
+
+    def model(
+        self, folder: Path, *, loader: str, register: str | None, numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Have MLflow keep a model folder so that `mlflow.pyfunc.load_model` loads it.
+
+        loader: the module with `_load_pyfunc(folder)`. register: the name under which it becomes a version of
+        a registered model, None for none. numbers: of its evaluation.
+        """
+        if not folder.exists():
+            raise FileNotFoundError(folder)
+        finite = {name: value for name, value in (numbers or {}).items() if math.isfinite(value)}
+        self.record.model = TrainedModel(self._relative(folder), loader, register, finite)
+        self._recorded()
 
     def close(self, status: Status) -> None:
         """End the record. Waits a few seconds at most for MLflow; a second call does nothing."""
-        self._file.close()
+        if self._closed:
+            return
+        self._closed = True
+        self.record.end(status)
+        self.record.write(self._run_dir)
         if self._mirror is not None:
-            self._mirror.close(status)
-            self._mirror = None
+            self._mirror.close()
+        self._file.close()
+
+    def _relative(self, path: Path) -> str:
+        path = path.resolve()
+        return str(path.relative_to(self._run_dir) if path.is_relative_to(self._run_dir) else path)
+
+    def _recorded(self) -> None:
+        self.record.write(self._run_dir)
+        if self._mirror is not None:
+            self._mirror.wake()
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +151,8 @@ class Tracker:
         if error is None:
             self.close("finished")
         else:
-            self.close("failed" if isinstance(error, Exception) else "killed")
+            with suppress(OSError):  # of a full disk, say: what went wrong first is what people need to know
+                self.close("failed" if isinstance(error, Exception) else "killed")
 
 
 def _lines_until(path: Path, step: int) -> str:

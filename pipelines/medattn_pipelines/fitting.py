@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.modelfolder import write_weights
-from medattn.training.checkpoint import load_checkpoint, save_checkpoint
+from medattn.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from medattn.training.distributed import ALONE, Processes
 from medattn.training.loop import Batch, Limits, Schedule, State, fit
-from medattn.training.tracking import Tracker
-from medattn_pipelines.configfile import AnyConfig, flatten
+from medattn_pipelines.configfile import AnyConfig
+from medattn_pipelines.datawatch import DataWatch, watch_data
 from medattn_pipelines.progress import training_progress
-from medattn_pipelines.record import Record
+from medattn_pipelines.record import Record, drop_later_lines
+from medattn_pipelines.runs import machine
+from medattn_pipelines.trackrecord import data_sets, open_tracker, track_results
 
 BEST, LAST = "checkpoints/best.safetensors", "checkpoints/last"  # in the run folder
 
@@ -42,9 +44,10 @@ class Learner:
         save_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
 
     def load(self, run: Path, processes: Processes = ALONE) -> None:
-        """Go on where `save` was called, in as many processes as there are now."""
+        """Go on where `save` was called, in as many processes as there are now; if never, at the start."""
         with processes.main_first():  # it may have to put the folder in order
-            load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
+            if has_checkpoint(run / LAST):
+                load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
 
 
 def fit_run(
@@ -75,17 +78,20 @@ def fit_run(
     """
     state, averaged = learner.state, learner.averaged
 
+    watch = watch_data(config, run, resume=resume) if processes.main else None
+
     def score_of_all() -> float:
+        if watch is not None:
+            watch.check()
         processes.share_buffers(averaged)
         return record.validation(*validate())
 
     def only_main(write: Callable[[], None]) -> Callable[[], None]:
         return write if processes.main else lambda: None
 
-    if processes.world > 1:
-        batches = _own_chance(batches, config.seed, state.step * accumulate, processes.rank)
+    batches = _own_chance(batches, config.seed, state.step * accumulate, processes.rank)
     wrapped = processes.wrap(learner.network if model is None else model)
-    with _recorded(config, run, state, limits, score, resume, processes) as record:
+    with _recorded(config, run, state, limits, score, resume, processes, watch) as record:
         reason = fit(
             wrapped,
             batches,
@@ -110,9 +116,10 @@ def fit_run(
         if reason.startswith("SIG"):
             record.tracker.close("killed")
             return reason, None
+        if watch is not None:
+            watch.check(thorough=True)
         evaluation = finish()
-        record.tracker.artifact(run / "report")
-        record.tracker.artifact(run / "model")
+        track_results(record.tracker, config, run)
     return reason, evaluation
 
 
@@ -125,19 +132,22 @@ def _recorded(
     score: str,
     resume: bool,
     processes: Processes,
+    watch: DataWatch | None,
 ) -> Iterator[Record]:
     """The record of a training, which only the main process keeps."""
     every = config.training.log_every
-    if not processes.main:
+    if watch is None:
         yield Record(None, None, state, every, score)
         return
+    if resume:
+        drop_later_lines(run, state)
     with (
-        Tracker(
+        open_tracker(
+            config,
             run,
-            name=run.name,
-            parameters=flatten(config),
-            mirror=config.run.tracking,
-            resume_step=state.step if resume else None,
+            state.step if resume else None,
+            data=[*data_sets(config, run), *watch.data_sets],
+            machine=machine(config, processes),
         ) as tracker,
         training_progress(limits.steps) as show,
     ):
@@ -147,8 +157,9 @@ def _recorded(
 def _own_chance(batches: Iterator[BatchT], seed: int, start: int, rank: int) -> Iterator[BatchT]:
     """The batches from number `start` on; before each, what is random in a network is seeded by its number.
 
-    And by the process: else dropout would hit the same units in all of them. A checkpoint then need not hold
-    the random state of each, and only dropout depends on the number of processes.
+    So a step has the same chance whatever was drawn before it in this session, as loaders draw when a run
+    resumes. And by the process: else dropout would hit the same units in all of them. A checkpoint then need
+    not hold the random state of each, and only dropout depends on the number of processes.
     """
     for number, batch in enumerate(batches, start):
         torch.manual_seed(int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0]))

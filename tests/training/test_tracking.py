@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from medattn.errors import InputError
 from medattn.training import mirror
+from medattn.training.runrecord import DataSet, is_held, provenance, read_record
 from medattn.training.tracking import Tracker
 
 # raised inside MLflow's own use of SQLAlchemy, in the mirror's thread
@@ -194,6 +195,17 @@ def stored(uri: str) -> tuple[Any, Any]:
     return client, found
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow's, whose tables take it long to make."""
+    from medattn.training.mlflow_store import connect
+
+    folder = tmp_path_factory.mktemp("tables") / "run"
+    folder.mkdir()
+    connect(f"sqlite:///{folder.parent / 'mlflow.db'}", folder)
+    return folder.parent / "mlflow.db"
+
+
 def first_and_resumed(run: Path) -> None:
     """A run that logs 0..4, was saved at step 2, and goes on from there to 5 with another parameter."""
     report = run / "report"
@@ -226,6 +238,12 @@ def assert_mirrored(uri: str, run: Path) -> None:
     assert {file.path for file in client.list_artifacts(run_id)} == {"report", "metrics.jsonl"}
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded machine makes a database in more than a few seconds."""
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 300.0)
+
+
 @pytest.mark.usefixtures("patient")
 def test_a_database_beside_the_run_mirrors_and_resumes(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -235,7 +253,7 @@ def test_a_database_beside_the_run_mirrors_and_resumes(
     assert caplog.messages == []
     assert_mirrored(f"sqlite:///{run.parent / 'mlflow.db'}", run)
     assert {path.name for path in run.parent.iterdir()} == {"first", "mlflow.db", "mlflow_artifacts"}
-    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "mlflow.json", "report"}
+    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "mlflow.json", "run.json", "report"}
 
 
 def test_the_mirror_sends_no_telemetry(run: Path) -> None:
@@ -253,51 +271,119 @@ def test_the_mirror_sends_no_telemetry(run: Path) -> None:
     assert done.stdout.strip() == "None"
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loaded machine makes a database in more than a few seconds."""
-    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 300.0)
+def test_the_record_says_what_ran(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [DataSet("cases", "ab" * 16, "/data/cases")]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:geheim@db/mlflow")
+    begun = time.time()
+    with Tracker(
+        run, name="r", parameters={"a.b": [1, 2]}, mirror=False, experiment="hn", parent="p", data=data
+    ) as t:
+        t.model(run, loader="loader", register="hn", numbers={"dice": 0.5, "hd95": float("nan")})
+        assert read_record(run).status == "running"
+    record = read_record(run)
+    assert (record.name, record.experiment, record.parent, record.key) == ("r", "hn", "p", t.key)
+    assert (record.parameters, record.data) == ({"a.b": "[1, 2]"}, data)
+    assert record.model is not None
+    assert record.model.numbers == {"dice": 0.5}
+    assert record.status == "finished"
+    assert 1000 * begun - 1 <= record.started_ms <= (record.ended_ms or 0) <= 1000 * time.time() + 1
+    assert "geheim" not in (run / "run.json").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    port = free_port()
-    store = tmp_path / "server"
-    store.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(store / "artifacts")]
-    environment = os.environ | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+def test_a_resumed_record_keeps_its_key_and_names_what_changed(run: Path) -> None:
+    old, new = DataSet("cases", "1" * 32, "/x"), DataSet("cases", "2" * 32, "/x")
+    with Tracker(run, name="r", parameters={"steps": 5, "seed": 0}, mirror=False, data=[old]) as first:
+        first.log(1, loss=1.0)
+    with Tracker(
+        run, name="r", parameters={"steps": 6, "seed": 0}, mirror=False, data=[new], resume_step=1
+    ) as second:
+        pass
+    assert second.key == first.key
+    assert second.record.parameters == {"steps": "5", "seed": "0"}
+    assert {k: v for k, v in second.record.tags.items() if k.startswith(("resumed", "data"))} == {
+        "data.cases": "1" * 32,
+        "resumed.data.cases": "2" * 32,
+        "resumed.steps": "6",
     }
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=store, env=environment, start_new_session=True, **silent)
-    try:
-        _wait_for(port, process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # it has workers of its own
-        process.wait(30)
+    with Tracker(run, name="r", parameters={}, mirror=False) as third:
+        assert third.key != first.key, "a new run in an old folder is another one"
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("the MLflow server did not start")
+def test_a_run_is_held_until_its_process_ends(run: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from medattn.training.tracking import Tracker\n"
+        f"record = Tracker(Path({str(run)!r}), name='x', parameters={{}}, mirror=False)\n"
+        "print('begun', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout.readline() == b"begun\n"
+        assert is_held(run / "metrics.jsonl")
+        child.kill()
+        child.wait()
+    assert not is_held(run / "metrics.jsonl")
+    assert read_record(run).status == "running", "nobody could say that it ended"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 9}', "{"])
+def test_a_damaged_record_is_one_sentence(run: Path, content: str) -> None:
+    (run / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"run\.json: (damaged|written by another version)"):
+        read_record(run)
+
+
+def test_a_change_of_the_code_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import medattn
+
+    code = tmp_path / "checkout/medattn/__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("", encoding="utf-8")
+    git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(medattn, "__file__", str(code))
+    assert provenance()["git.dirty"] == "false"
+    code.write_text("changed = 1", encoding="utf-8")
+    tags = provenance()
+    assert tags["git.dirty"] == "true"
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert tags["mlflow.source.git.commit"] == head.strip()
+    monkeypatch.setattr(medattn, "__file__", str(tmp_path / "elsewhere.py"))
+    assert "git.dirty" not in provenance()
+
+
 @pytest.mark.usefixtures("patient")
-def test_a_real_server_mirrors_and_resumes(
-    run: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_awkward_names_and_long_values_reach_mlflow(
+    run: Path, tables: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    first_and_resumed(run)
+    shutil.copy(tables, run.parent / "mlflow.db")
+    parameters = {f"p{number}": "x" * 7000 for number in range(120)} | {"n" * 300: 1, "n" * 299 + "m": 2}
+    metrics = {"dice/Parotid (left)": 0.1, "dice/Parotid [left]": 0.2, "../up": 0.3, "a//b": 0.4, "ß/é": 0.5}
+    with tracker(run, mirror=True, **parameters) as record:
+        record.log(1, **metrics)
     assert caplog.messages == []
-    assert_mirrored(server, run)
+    _, found = stored(f"sqlite:///{run.parent / 'mlflow.db'}")
+    assert len(found.data.params) == 122
+    assert {len(value) for value in found.data.params.values()} == {6000, 1}
+    assert sorted(found.data.metrics.values()) == sorted(metrics.values())
+
+
+@pytest.mark.usefixtures("patient")
+def test_the_machine_is_watched(
+    run: Path, tables: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("psutil")
+    monkeypatch.setattr("medattn.training.system_metrics.SECONDS", 0.1)
+    shutil.copy(tables, run.parent / "mlflow.db")
+    with tracker(run, mirror=True):
+        until = time.monotonic() + 120
+        while not (run / "system.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert caplog.messages == []
+    first = json.loads((run / "system.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["step"] == 1
+    assert 0 < first["system/system_memory_usage_percentage"] <= 100
+    client, found = stored(f"sqlite:///{run.parent / 'mlflow.db'}")
+    (point, *_) = client.get_metric_history(found.info.run_id, "system/system_memory_usage_percentage")
+    assert (point.step, point.value) == (1, first["system/system_memory_usage_percentage"])
+    assert lines(run) == []
