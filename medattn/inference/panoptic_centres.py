@@ -118,7 +118,7 @@ def _by_cells(y: Tensor, x: Tensor, centres: Centres, things: Tensor) -> Tensor:
     slots *= inside
     open_ = torch.nonzero((things & (slots == 0)).flatten())[:, 0]
     flat_y, flat_x, flat = y.flatten(), x.flatten(), slots.flatten()
-    for chunk in open_.split(max(1, CPU_ELEMENTS // places)):
+    for chunk in torch.split(open_, max(1, CPU_ELEMENTS // places)):
         of = chunk // (height * width)
         squares = _squares(flat_y[chunk, None], flat_x[chunk, None], centre_y[of], centre_x[of])
         flat[chunk] = squares.argmin(2)[:, 0] + 1
@@ -131,9 +131,7 @@ def _settled(rows: int, columns: int, centre_y: Tensor, centre_x: Tensor, roundi
         torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     ).flatten(1)
     settled = []
-    for y, x in zip(
-        *(half.split(max(1, CPU_ELEMENTS // centre_y.numel())) for half in CELL * middle), strict=True
-    ):
+    for y, x in torch.split(CELL * middle, max(1, CPU_ELEMENTS // centre_y.numel()), 1):
         squares = _squares(y[None], x[None], centre_y, centre_x)
         nearest = squares.argmin(2, keepdim=True)
         closest = squares.gather(2, nearest)
@@ -146,7 +144,7 @@ def _settled(rows: int, columns: int, centre_y: Tensor, centre_x: Tensor, roundi
 def _nearest(y: Tensor, x: Tensor, centre_y: Tensor, centre_x: Tensor, elements: int) -> Tensor:
     """[B, n] places of the nearest of [B, K] centres to points [B, n], `elements` distances at once."""
     size = max(1, elements // centre_y.numel())
-    parts = zip(y.split(size, 1), x.split(size, 1), strict=True)
+    parts = zip(torch.split(y, size, 1), torch.split(x, size, 1), strict=True)
     return torch.cat([_squares(a, b, centre_y, centre_x).argmin(2) for a, b in parts], 1)
 
 

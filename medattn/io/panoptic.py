@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from medattn.errors import InputError
 from medattn.panoptic import Annotation, Categories, Category, ImageRecord, Segment, spread_colour
 
 LARGEST_ID = 256**3 - 1
+LARGEST = 2**31 - 1  # of areas, sides of boxes and category ids: what 32 bits hold
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # of Pillow's readers
 T = TypeVar("T")
 
@@ -51,13 +53,15 @@ class PanopticFile:
 
 
 def read_panoptic(path: str | Path, folder: str | Path | None = None) -> PanopticFile:
-    """Read a JSON file; its PNGs, by default in the folder of the same stem beside it, stay unread.
+    """Read a JSON file; its PNGs stay unread.
+
+    folder: of the PNGs, by default that of the same stem beside the JSON file; where there is none and the
+    first PNG is in the folder of the JSON file itself, as in Mapillary Vistas, that one.
 
     Raises InputError with one line per entry that is malformed or given twice; whether PNGs agree with the
     entries is for `data.panoptic.check` to say.
     """
     path = Path(path)
-    folder = path.with_suffix("") if folder is None else Path(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,6 +84,7 @@ def read_panoptic(path: str | Path, folder: str | Path | None = None) -> Panopti
         problems += _repeated(path, what, ids)
     if problems:
         raise InputError(*problems)
+    folder = _folder(path, annotations) if folder is None else Path(folder)
     return PanopticFile(path, folder, annotations, images, Categories(categories) if categories else None)
 
 
@@ -150,6 +155,13 @@ def write_ids(path: str | Path, ids: npt.NDArray[np.integer[Any]]) -> None:
         Image.fromarray(rgb).save(temporary, format="PNG")
 
 
+def _folder(path: Path, annotations: Sequence[Annotation]) -> Path:
+    folder = path.with_suffix("")
+    if not folder.is_dir() and annotations and (path.parent / annotations[0].file_name).is_file():
+        return path.parent
+    return folder
+
+
 def _parsed(
     path: Path,
     section: str,
@@ -158,11 +170,14 @@ def _parsed(
     problems: list[str],
 ) -> tuple[T, ...]:
     """The entries of a section; those that are malformed become problems."""
-    found = []
-    for number, entry in enumerate(content.get(section) or []):
+    entries, found = content.get(section) or [], []
+    if not isinstance(entries, list):
+        problems.append(f"{path}: `{section}` is no list, expected one of entries; correct the file")
+        return ()
+    for number, entry in enumerate(entries):
         try:
             found.append(parse(entry, number))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             problems.append(
                 f"{path}: {section}[{number}]: malformed ({reason}), expected an entry of the COCO panoptic "
@@ -177,19 +192,35 @@ def _annotation(entry: Any, number: int) -> Annotation:
 
 
 def _segment(entry: Any) -> Segment:
-    box = entry.get("bbox")
+    box, number = entry.get("bbox"), int(entry["id"])
+    if not 0 <= number <= LARGEST_ID:
+        raise ValueError(f"segment id {number}, of 0 to {LARGEST_ID} in a PNG")
     return Segment(
-        int(entry["id"]),
-        int(entry["category_id"]),
+        number,
+        _whole(entry["category_id"]),
         bool(entry.get("iscrowd", 0)),
-        None if entry.get("area") is None else int(entry["area"]),
+        None if entry.get("area") is None else _whole(entry["area"]),
         None if box is None else _box(box),
-        None if entry.get("score") is None else float(entry["score"]),
+        None if entry.get("score") is None else _finite(entry["score"]),
     )
 
 
+def _whole(value: Any) -> int:
+    number = int(value)
+    if abs(number) > LARGEST:
+        raise ValueError(f"{number}, of at most {LARGEST}")
+    return number
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"score {number}, which cannot be ranked")
+    return number
+
+
 def _box(numbers: Any) -> tuple[int, int, int, int]:
-    left, top, width, height = (int(number) for number in numbers)
+    left, top, width, height = map(_whole, numbers)
     return left, top, width, height
 
 
@@ -201,7 +232,7 @@ def _image(entry: Any, number: int) -> ImageRecord:
 def _category(entry: Any, number: int) -> Category:
     colour = entry.get("color")
     red, green, blue = spread_colour(number) if colour is None else (int(part) for part in colour)
-    return Category(int(entry["id"]), str(entry["name"]), bool(entry["isthing"]), (red, green, blue))
+    return Category(_whole(entry["id"]), str(entry["name"]), bool(entry["isthing"]), (red, green, blue))
 
 
 def _id(value: Any) -> int | str:

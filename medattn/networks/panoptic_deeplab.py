@@ -96,8 +96,8 @@ class PanopticDeepLab(nn.Module):
         self.semantic_decoder = Decoder(channels, width, context())
         self.instance_decoder = Decoder(channels, width // 2, context())
         self.semantic_head = head(width, width, num_classes)
-        self.centre_head = head(width // 2, width // 8, 1)
-        self.offset_head = head(width // 2, width // 8, 2)
+        self.centre_head = head(width // 2, width // 8, 1, float32=True)
+        self.offset_head = head(width // 2, width // 8, 2, float32=True)
 
     def forward(self, x: Tensor) -> PanopticOutput:
         """x [B, 3, h, w] -> semantic [B, classes, ...], centre [B, 1, ...], offset [B, 2, ...]."""

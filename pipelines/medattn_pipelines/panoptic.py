@@ -15,6 +15,7 @@ from medattn import __version__
 from medattn.atomic import write_text
 from medattn.classifier import load_classifier
 from medattn.data.images.reading import Skipped
+from medattn.data.panoptic.check import check_panoptic, sentences
 from medattn.data.panoptic.sampling import PanopticBatch
 from medattn.data.panoptic.source import PanopticImages
 from medattn.errors import InputError
@@ -86,6 +87,7 @@ def _train(
     device, training = processes.device, config.training
     precision = choose_precision(training.precision, device)
     source, validation = read_sources(config)
+    require_sound(validation, config.data.workers, processes)
     images = training_images(config, source, processes)
     card = describe_model(config, source.categories)
     network = build(config, card, device, processes)
@@ -135,6 +137,23 @@ def _train(
         processes=processes,
     )
     return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
+
+
+def require_sound(images: PanopticImages, workers: int, processes: Processes) -> None:
+    """Raise InputError for what the evaluation at the end would refuse; the processes share the images."""
+    file = images.as_file()
+    mine = replace(file, annotations=file.annotations[processes.rank :: processes.world])
+    if not mine.annotations:  # fewer images than processes
+        return
+    with case_progress("Checking labels", len(mine.annotations)) as on_image:
+        findings = check_panoptic(
+            mine,
+            images=images.images,
+            workers=max(1, workers),
+            on_image=on_image if processes.main else None,
+        )
+    if problems := sentences(findings):
+        raise InputError(*problems)
 
 
 def _noted(batches: Iterable[PanopticBatch], skipped: dict[str, Skipped]) -> Iterator[PanopticBatch]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 import medattn
 from medattn.atomic import write_text
 from medattn.data.panoptic.check import examine, listing_findings, sentences, unreadable
+from medattn.data.panoptic.source import read_image
 from medattn.errors import InputError
 from medattn.io.panoptic import PanopticFile, read_ids, read_panoptic
 from medattn.metrics.instance_precision import ImageInstances, average_precision, instances
@@ -286,7 +286,7 @@ def _write(
         predicted = found.annotation[annotation.image_id]
         photo = None
         if images is not None:
-            photo = Image.open(images / expected.image[annotation.image_id].file_name).convert("RGB")
+            photo = read_image(images / expected.image[annotation.image_id].file_name)
         true, said = (
             (read_ids(file.png(side)), side.segments)
             for file, side in ((expected, annotation), (found, predicted))

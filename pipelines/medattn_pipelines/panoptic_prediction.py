@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medattn.atomic import atomic_path
-from medattn.data.images.decode import ImageError, decode
 from medattn.data.images.readahead import delayed
-from medattn.data.panoptic.source import PanopticImages
+from medattn.data.panoptic.source import PanopticImages, read_image
 from medattn.data.panoptic.transforms import Viewed
 from medattn.errors import InputError
 from medattn.inference.panoptic import annotate, measured, segment
@@ -91,8 +90,7 @@ class PanopticSegmenter:
     ) -> tuple[float, dict[str, float]]:
         """PQ over the classes that occur, and what to log; the processes share the images."""
         mine = range(processes.rank, len(images) if most is None else min(most, len(images)), processes.world)
-        mine_counts = [counts for _, counts in zip(mine, self._counts(images, mine), strict=True)]
-        counts = [one for several in processes.gathered(mine_counts) for one in several]
+        counts = [one for several in processes.gathered([*self._counts(images, mine)]) for one in several]
         if not counts:
             return 0.0, {}
         total = add_up(counts)
@@ -100,13 +98,17 @@ class PanopticSegmenter:
         score = mean_quality(classes).pq or 0.0
         return score, {"validation_pq": score, "validation_miou": mean_iou(total) or 0.0}
 
-    def _counts(self, images: PanopticImages, indices: Iterable[int]) -> Iterator[ClassCounts]:
+    def _counts(self, images: PanopticImages, indices: Sequence[int]) -> Iterator[ClassCounts]:
         def read(index: int) -> tuple[Viewed, Ids, tuple[Segment, ...]]:
             picture = images.read(index)
             return self.card.view(picture.image), picture.ids, picture.segments
 
-        for viewed, ids, segments in _ahead(read, indices, self.workers):
-            yield count(*self(viewed), ids, segments, self.card.categories)
+        found = _ahead(read, indices, self.workers)
+        for index, (viewed, ids, segments) in zip(indices, found, strict=True):
+            try:
+                yield count(*self(viewed), ids, segments, self.card.categories)
+            except InputError as error:
+                raise InputError(*(f"{images.name(index)}: {each}" for each in error.problems)) from None
 
 
 def predict(model: Path, inputs: Sequence[Path], output: Path, *, device: str = "auto") -> Path:
@@ -139,28 +141,31 @@ def write_predictions(
     card, problems = segmenter.card, list[str]()
     annotations, records = list[Annotation](), list[ImageRecord]()
 
-    def read(path: Path) -> tuple[Image.Image, Viewed] | str:
+    def read(path: Path) -> tuple[Image.Image, Viewed] | InputError:
         try:
-            image = decode(path.read_bytes(), upright=False)
-        except (OSError, ImageError) as error:
-            return f"{path}: not readable as an image ({error}); copy it again"
+            image = read_image(path)
+        except InputError as error:
+            return error
         return image, card.view(image)
 
-    found = _ahead(read, images.values(), segmenter.workers)
-    for (number, path), item in zip(images.items(), found, strict=True):
-        if isinstance(item, str):
-            problems.append(item)
-            continue
-        image, viewed = item
-        ids, segments = segmenter(viewed)
-        name = f"{path.stem}.png"
-        write_ids(output / PREDICTIONS / name, ids)
-        _write_picture(output / OVERLAYS / f"{path.stem}.jpg", overlay(image, ids, segments, card.categories))
-        annotations.append(Annotation(number, name, segments))
-        records.append(ImageRecord(number, path.name, *ids.shape))
-        on_image(str(path))
     json = output / f"{PREDICTIONS}.json"
-    write_panoptic(json, annotations, images=records, categories=card.categories)
+    found = _ahead(read, images.values(), segmenter.workers)
+    try:
+        for (number, path), item in zip(images.items(), found, strict=True):
+            if isinstance(item, InputError):
+                problems += item.problems
+                continue
+            image, viewed = item
+            ids, segments = segmenter(viewed)
+            name = f"{path.stem}.png"
+            write_ids(output / PREDICTIONS / name, ids)
+            picture = overlay(image, ids, segments, card.categories)
+            _write_picture(output / OVERLAYS / f"{path.stem}.jpg", picture)
+            annotations.append(Annotation(number, name, segments))
+            records.append(ImageRecord(number, path.name, *ids.shape))
+            on_image(str(path))
+    finally:  # what is done stays of use when memory runs out or somebody interrupts
+        write_panoptic(json, annotations, images=records, categories=card.categories)
     return json, problems
 
 

@@ -187,6 +187,17 @@ def test_heads_say_numbers_as_they_are_and_offsets_in_pixels_of_the_image() -> N
     assert [out.offset[0, axis].unique().tolist() for axis in (0, 1)] == [[4.0], [-12.0]]
 
 
+def test_centres_and_offsets_end_in_float32_under_autocast() -> None:
+    """In bfloat16, neighbours of one heat are resized to plateaus, and an instance has five centres."""
+    network, image = _tiny().eval(), torch.randn(1, 3, 33, 33)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = network(image)
+    assert out.semantic.dtype == torch.bfloat16
+    for maps in (out.centre, out.offset):
+        assert maps.dtype == torch.float32
+        assert not torch.equal(maps, maps.bfloat16().float())
+
+
 def test_pooling_reaches_its_rates_and_the_whole_image() -> None:
     """Where the output at the middle depends on the input: a grid of offsets, faintly everything."""
     torch.manual_seed(0)

@@ -2,17 +2,20 @@
 
 Reads a JSON object per line: argv; folder, whose changes are counted; log, for output; kill, after how many
 changes the process is to kill itself with SIGKILL, or null; at, a part of the name that the change must have.
-Answers two lines: the process's number, then its exit code and how many changes it made.
+after, the seconds after which it is killed whatever it does, or null. Answers a line: its exit code and how
+many changes it made.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from importlib import import_module
 from typing import Any
 
@@ -67,6 +70,18 @@ def answer(**values: int) -> None:
     sys.stdout.flush()
 
 
+def wait(child: int, after: float | None) -> int:
+    """Its status. Killed by the one process that waits for it: its number cannot be another's by then."""
+    until = math.inf if after is None else time.monotonic() + after
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, 0 if after is None else os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 def serve() -> None:
     torch.set_num_threads(1)
     names()  # loads what networks need
@@ -79,8 +94,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             run(request, counter)
-        answer(pid=child)
-        _, status = os.waitpid(child, 0)
+        status = wait(child, request["after"])
         answer(code=os.waitstatus_to_exitcode(status), changes=counter.value)
 
 

@@ -42,11 +42,12 @@ class Picture(NamedTuple):
 class PanopticImages:
     """A split of a data set, one image per annotation, in the order of the file.
 
-    images, labels: folders; image_files, label_files: names below them. entries: all segments, those of image
-    i at first[i]:first[i + 1].
+    json: the file that lists them. images, labels: folders; image_files, label_files: names below them.
+    entries: all segments, those of image i at first[i]:first[i + 1].
     """
 
     categories: Categories
+    json: Path
     images: Path
     labels: Path
     image_ids: tuple[int | str, ...]
@@ -71,7 +72,7 @@ class PanopticImages:
         """The same images and segments as what a JSON file says."""
         used = range(len(self))
         return PanopticFile(
-            self.labels.with_suffix(".json"),
+            self.json,
             self.labels,
             tuple(Annotation(self.image_ids[i], self.label_files[i], self.segments(i)) for i in used),
             tuple(ImageRecord(self.image_ids[i], self.image_files[i]) for i in used),
@@ -88,8 +89,8 @@ class PanopticImages:
         Raises InputError for files that are missing, damaged, of different sizes, or whose PNG has segment
         ids that the JSON file does not list.
         """
-        path, png = self.name(index), self.labels / self.label_files[index]
-        image, ids, segments = _read_image(path), read_ids(png), self.segments(index)
+        path, png = self.images / self.image_files[index], self.labels / self.label_files[index]
+        image, ids, segments = read_image(path), read_ids(png), self.segments(index)
         problems = []
         if ids.shape != (image.height, image.width):
             problems.append(
@@ -152,7 +153,10 @@ def open_images(
     first = np.cumsum([0, *(len(a.segments) for a in used)], dtype=np.int64)
     image_ids = tuple(a.image_id for a in used)
     return PanopticImages(
-        known, found.images, found.labels, image_ids, tuple(image_files), tuple(label_files), entries, first
+        known,
+        *(found.json, found.images, found.labels),
+        *(image_ids, tuple(image_files), tuple(label_files)),
+        *(entries, first),
     )
 
 
@@ -223,9 +227,10 @@ def _unknown_categories(path: Path, used: Sequence[Annotation], known: Categorie
     ]
 
 
-def _read_image(path: str) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
+    """A photo as RGB, as it is stored: EXIF orientation is not applied. Raises InputError."""
     try:
-        return decode(Path(path).read_bytes(), upright=False)
+        return decode(path.read_bytes(), upright=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected an image; complete the folder") from None
     except (OSError, ImageError) as error:

@@ -69,9 +69,9 @@ def tune(args: Namespace) -> int:
 def _tune(search: Search, args: Namespace) -> int:
     import optuna
 
-    from medattn_pipelines.tuning.trials import join_study, requeue, work
     from medattn_pipelines.tuning.results import report
     from medattn_pipelines.tuning.store import masked, open_store
+    from medattn_pipelines.tuning.trials import join_study, requeue, work
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = args.storage or f"journal:{search.folder / 'study.journal'}"

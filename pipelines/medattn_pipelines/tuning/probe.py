@@ -9,7 +9,6 @@ from typing import Any
 
 from medattn.errors import InputError
 from medattn_pipelines.configfile import AnyConfig
-from medattn_pipelines.tuning.spacefile import Search
 from medattn_pipelines.tuning.space import (
     AnyDistribution,
     Categorical,
@@ -21,6 +20,7 @@ from medattn_pipelines.tuning.space import (
     on_steps,
     ordered,
 )
+from medattn_pipelines.tuning.spacefile import Search
 
 DRAWS = 20  # random combinations
 

@@ -17,9 +17,9 @@ from medattn.report.tune import SearchResult, Trial, to_csv
 from medattn.report.tune_page import axis_name, render, shown
 from medattn_pipelines.configfile import dump
 from medattn_pipelines.progress import print_table
-from medattn_pipelines.tuning.spacefile import Search
 from medattn_pipelines.tuning.sampling import from_optuna
 from medattn_pipelines.tuning.space import UNITS
+from medattn_pipelines.tuning.spacefile import Search
 
 if TYPE_CHECKING:
     from medattn_pipelines.tuning.trials import Done

@@ -23,7 +23,6 @@ from medattn_pipelines.configfile import AnyConfig, leaves
 from medattn_pipelines.fitting import LAST
 from medattn_pipelines.progress import clock
 from medattn_pipelines.record import listening
-from medattn_pipelines.tuning.spacefile import Search
 from medattn_pipelines.tuning.measure import measure_model, peak_memory, require_memory
 from medattn_pipelines.tuning.sampling import (
     CASES,
@@ -35,6 +34,7 @@ from medattn_pipelines.tuning.sampling import (
     suggest,
 )
 from medattn_pipelines.tuning.space import Measure, label
+from medattn_pipelines.tuning.spacefile import Search
 from medattn_pipelines.tuning.store import WORKER, Store
 
 DEFAULT_TRIALS = 50

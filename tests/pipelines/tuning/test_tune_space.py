@@ -12,9 +12,9 @@ import yaml
 from medattn.errors import InputError
 from medattn_pipelines.cli import parser_for
 from medattn_pipelines.commands import COMMANDS
-from medattn_pipelines.tuning.spacefile import Search, read_search
 from medattn_pipelines.tuning.probe import check_search
 from medattn_pipelines.tuning.space import FloatRange, IntRange, combinations, grid_values
+from medattn_pipelines.tuning.spacefile import Search, read_search
 
 ROOT = Path(__file__).resolve().parents[3]
 SPACES = sorted((ROOT / "configs/tune").glob("*.yaml"))
