@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from medattn.atomic import atomic_path, write_text
+from medattn.atomic import atomic_path, replaced_folder, write_text
 from medattn.errors import InputError
 
 FORMAT = 1
@@ -20,10 +20,14 @@ Card = TypeVar("Card")
 
 
 def write_model(folder: Path, task: str, card: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all. task: what the model does. card: in plain values."""
-    write_weights(folder / "model.safetensors", weights)
+    """Write the folder with both files, whole or not at all, in place of what was there.
+
+    task: what the model does. card: in plain values.
+    """
     content = {"format": FORMAT, "task": task} | dict(card)
-    write_text(folder / "model.json", json.dumps(content, indent=1) + "\n")
+    with replaced_folder(folder) as building:  # not file by file: weights beside another's card mean nothing
+        write_weights(building / "model.safetensors", weights)
+        write_text(building / "model.json", json.dumps(content, indent=1) + "\n")
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import blosc2
 import numpy as np
 import torch
 
+from medattn.atomic import claimed_folder, remove_abandoned
 from medattn.data.cases import Case
 from medattn.data.plan import Plan
 from medattn.data.prepare import AIR, prepare_image, prepare_labels
@@ -29,7 +29,6 @@ from medattn.io import read_volume
 
 FORMAT = 1  # raise it when the contents of an entry change
 CHUNK = 32  # voxels: a patch touches few chunks, and each decompresses in the caches
-ABANDONED_SECONDS = 24 * 3600  # a half-made entry this old belongs to a process that was killed
 ANCHORS = 2000  # voxels kept per organ to centre patches on
 
 
@@ -72,9 +71,7 @@ def prepare_cases(
 ) -> list[Prepared]:
     """Bring every case to the plan's grid, or find it in the store, in the order of `cases`."""
     store.mkdir(parents=True, exist_ok=True)
-    for abandoned in store.glob(".writing-*"):
-        if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(abandoned, ignore_errors=True)
+    remove_abandoned(store, ".writing-*")  # of processes that were killed
     prepare = partial(_prepare, labels=labels, plan=plan, store=store)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         prepared = []
@@ -104,19 +101,20 @@ def _write(entry: Path, case: Case, labels: Mapping[int, str], plan: Plan) -> No
     label = prepare_labels(read_volume(case.label), plan, labels).numpy()
     # half floats resolve the window to 1/1000 at half the traffic
     arrays = {"image": image.to(torch.float16).numpy(), "label": label}
-    building = entry.with_name(f".writing-{entry.name}-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        for name, array in arrays.items():
-            chunks = tuple(min(CHUNK, n) for n in array.shape)
-            blosc2.asarray(np.ascontiguousarray(array), urlpath=str(building / f"{name}.b2nd"), chunks=chunks)
-        np.savez(building / "anchors.npz", **_anchors(label, len(plan.organs)))  # type: ignore[arg-type]
-        building.rename(entry)
-    except OSError:
-        shutil.rmtree(building, ignore_errors=True)
-        if not entry.is_dir():  # another process may have finished the same entry first
-            raise
+    # the number keeps apart processes of one machine, and the machine's name those of several
+    building = entry.with_name(f".writing-{entry.name}-{os.uname().nodename}-{os.getpid()}")
+    with claimed_folder(building):
+        try:
+            for name, array in arrays.items():
+                chunks = tuple(min(CHUNK, n) for n in array.shape)
+                place = str(building / f"{name}.b2nd")
+                blosc2.asarray(np.ascontiguousarray(array), urlpath=place, chunks=chunks)
+            np.savez(building / "anchors.npz", **_anchors(label, len(plan.organs)))  # type: ignore[arg-type]
+            building.rename(entry)
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)
+            if not entry.is_dir():  # another process may have finished the same entry first
+                raise
 
 
 def _anchors(label: Array, organs: int) -> dict[str, Array]:

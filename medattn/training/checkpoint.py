@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.swa_utils import AveragedModel
 
+from medattn.atomic import replaced_folder, restore_folder
 from medattn.errors import InputError
+from medattn.training.checkpoint_reading import PlainPlanner, PlainReader
 from medattn.training.loop import State
 
 
@@ -29,42 +32,32 @@ def save_checkpoint(
 
     The format is torch's distributed checkpoint, which other world sizes can read.
     """
-    building, previous = (
-        folder.with_name(f".writing-{folder.name}"),
-        folder.with_name(f".previous-{folder.name}"),
-    )
-    shutil.rmtree(building, ignore_errors=True)
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        with _alone():
+        with replaced_folder(folder) as building, _alone():
             save(_content(model, averaged, optimizer, state), checkpoint_id=building, no_dist=True)
     except (OSError, CheckpointException) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise InputError(
             f"{folder}: checkpoint of step {state.step} could not be written ({_cause(error)}); "
             "the previous one is intact: free some space, then continue with --resume"
         ) from None
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    building.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one to resume from, put back where a kill moved it aside."""
+    return restore_folder(folder)
 
 
 def load_checkpoint(
     folder: Path, model: nn.Module, averaged: AveragedModel, optimizer: torch.optim.Optimizer, state: State
 ) -> None:
     """Continue exactly where `save_checkpoint` was called; fills in all arguments."""
-    previous = folder.with_name(f".previous-{folder.name}")
-    if not folder.exists() and previous.exists():  # killed between the two renames
-        previous.rename(folder)
-    if not folder.exists():
+    if not has_checkpoint(folder):
         raise InputError(f"{folder}: no checkpoint to resume from; start again with --overwrite")
     content = _content(model, averaged, optimizer, state)
     try:
         with _alone():
-            load(content, checkpoint_id=folder, no_dist=True)
-    except (OSError, CheckpointException) as error:
+            load(content, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
+    except (OSError, CheckpointException, pickle.UnpicklingError) as error:
         raise InputError(
             f"{folder}: cannot be loaded ({_cause(error)}); it was made with another network or is damaged: "
             "start again with --overwrite"
@@ -72,8 +65,8 @@ def load_checkpoint(
     set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
     averaged.load_state_dict(content["averaged"])
     torch.set_rng_state(content["random"])
-    for field in dataclasses.fields(State):
-        setattr(state, field.name, content["state"][field.name])
+    for name, value in json.loads(content["state"]).items():
+        setattr(state, name, value)
 
 
 @contextmanager
@@ -93,7 +86,8 @@ def _content(
         "optimizer": moments,
         "averaged": averaged.state_dict(),
         "random": torch.get_rng_state(),
-        "state": dataclasses.asdict(state),
+        # one text, so that a run that began with an earlier State, of fewer fields, goes on
+        "state": json.dumps(dataclasses.asdict(state)),
     }
 
 

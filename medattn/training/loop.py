@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -32,8 +32,9 @@ class Batch(Protocol):
 class State:
     """Where a run stands; saved with every checkpoint.
 
-    seconds: wall clock over all sessions of the run. best: highest validation score. stale: validations
-    since then.
+    seconds: monotonic clock over all sessions of the run. best: highest validation score. stale: validations
+    since then. validated: the step of the last one. logged: lines in the journal. recent: measurements that
+    are not in it yet.
     """
 
     step: int = 0
@@ -41,6 +42,9 @@ class State:
     best: float = -math.inf
     best_step: int = 0
     stale: int = 0
+    validated: int = -1
+    logged: int = 0
+    recent: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ def fit(
                 clock.reserve(_validate(state, validate, keep_best))
             if state.step % limits.save_every == 0:
                 save()
-        if not stop and (state.step % limits.validate_every != 0 or state.best == -math.inf):
+        # not again where a killed run goes on from its last step
+        if not stop and state.validated != state.step:
             _validate(state, validate, keep_best)
         clock.tick()
         save()
@@ -254,6 +259,7 @@ def _validate(state: State, validate: Callable[[], float], keep_best: Callable[[
     """Score the averaged model, keep it if it is the best; returns the seconds it took."""
     started = time.monotonic()
     score = validate()
+    state.validated = state.step
     state.stale += 1
     if score > state.best:
         state.best, state.best_step, state.stale = score, state.step, 0

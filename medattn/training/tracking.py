@@ -128,10 +128,12 @@ class Tracker:
             return
         self._closed = True
         self.record.end(status)
-        self.record.write(self._run_dir)
-        if self._mirror is not None:
-            self._mirror.close()
-        self._file.close()
+        try:
+            self.record.write(self._run_dir)
+        finally:  # also where the disk is full
+            if self._mirror is not None:
+                self._mirror.close()
+            self._file.close()
 
     def _relative(self, path: Path) -> str:
         path = path.resolve()

@@ -1,7 +1,7 @@
 """The `medattn` command: finds the subcommand, runs it, and turns what went wrong into one line and a code.
 
-Exit codes: 0 done, or saved and stopped on SIGTERM; 1 `check` found errors in the data; 2 the input or the
-machine does not allow it, or Ctrl-C; 141 the reader of a pipe went away.
+Exit codes: 0 done, or saved and stopped on SIGTERM; 1 `check` found errors in the data, `reproduce` another
+result; 2 the input or the machine does not allow it, or Ctrl-C; 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from medattn_pipelines.commands import COMMANDS, Command
 MACHINE_ERRORS = {
     errno.ENOSPC: "the disk is full; what was complete before is intact",
     errno.EDQUOT: "the disk quota is used up; what was complete before is intact",
+    errno.EFBIG: "larger than this file system or `ulimit -f` allows; what was complete before is intact",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.EIO: "could not be written whole; look at the disk, then try again",

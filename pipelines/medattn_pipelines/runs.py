@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,10 @@ TRACES = ("metrics.jsonl", "checkpoints", "model", "plan.json")  # what only a r
 def open_run(config: AnyConfig, *, resume: bool, overwrite: bool, processes: Processes = ALONE) -> Path:
     """The run folder: new, emptied (overwrite) or as it was (resume). The main process opens it for all.
 
-    Raises InputError where a run exists and neither was asked for, where there is nothing to resume, and
-    where a folder holds other things than a run: it is neither deleted nor mixed with one.
+    A run that was killed before its first checkpoint resumes from its first step.
+
+    Raises InputError where a run exists and neither was asked for, where there is no run to resume, and where
+    a folder holds other things than a run: it is neither deleted nor mixed with one.
     """
     if processes.main:
         _open(config.run_dir, resume, overwrite)
@@ -31,17 +34,33 @@ def _open(run: Path, resume: bool, overwrite: bool) -> None:
     if names and not names & set(TRACES):
         raise InputError(f"{run}: holds {sorted(names)[0]!r} and no run; choose another run.dir")
     # a command that stopped before its first step leaves these at most, and nothing worth asking about
-    begun = bool(names - {"config.yaml", "plan.json"})
+    before = {"config.yaml", "plan.json", "checkpoints"}
+    begun = bool({name for name in names if not name.startswith(".writing-")} - before) or (
+        "checkpoints" in names and any((run / "checkpoints").iterdir())
+    )
     if begun and not (resume or overwrite):
         raise InputError(
             f"{run}: this run exists; continue it with --resume, replace it with --overwrite, "
             "or choose another folder with run.dir=..."
         )
-    if resume and "checkpoints" not in names:
-        raise InputError(f"{run}: nothing to resume, no checkpoint was written here; start with --overwrite")
+    if resume and not run.is_dir():
+        raise InputError(
+            f"{run}: nothing to resume, there is no such run; correct run.dir, or leave --resume out"
+        )
     if names and not resume:
         shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+    # first of all what marks it as a run, for the next command if this one is killed
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def machine(config: AnyConfig, processes: Processes) -> dict[str, Any]:
+    """What a training's numbers depend on besides config, data and versions, by names like a config's."""
+    return {
+        "machine.device": processes.device.type,
+        "machine.precision": str(choose_precision(config.training.precision, processes.device))[6:],
+        "machine.threads": torch.get_num_threads(),
+        "machine.processes": processes.world,
+    }
 
 
 def choose_device(wanted: str) -> torch.device:
