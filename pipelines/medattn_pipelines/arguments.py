@@ -49,8 +49,7 @@ How a network is evaluated is not always published; a view that was assumed is p
 
 TRACK_EXAMPLES = (
     "medattn track sync runs/hn_ct",
-    "MLFLOW_TRACKING_URI=http://mlflow.example:5000 medattn track sync runs/*",
-    "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db",
+    "medattn track sync runs/hn_ct runs/ours --to http://mlflow.example:5000",
 )
 TRACK_NOTES = """\
 A training writes metrics.jsonl and run.json into its run folder, and MLflow follows in the background: into

@@ -58,7 +58,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
 def test_the_commands_are_those_of_the_design() -> None:
     assert list(COMMANDS) == [
         *("phantom", "import", "check", "train", "predict", "evaluate", "export"),
-        *("track", "tune", "networks", "convert"),
+        *("track", "tune", "reproduce", "networks", "convert"),
     ]
 
 
