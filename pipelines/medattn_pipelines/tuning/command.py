@@ -69,8 +69,9 @@ def tune(args: Namespace) -> int:
 def _tune(search: Search, args: Namespace) -> int:
     import optuna
 
+    from medattn.training.redaction import redacted
     from medattn_pipelines.tuning.results import report
-    from medattn_pipelines.tuning.store import masked, open_store
+    from medattn_pipelines.tuning.store import open_store
     from medattn_pipelines.tuning.trials import join_study, requeue, work
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,11 +81,11 @@ def _tune(search: Search, args: Namespace) -> int:
     with _closed(store), store.outages(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = join_study(search, store)
-        print(f"study {search.name!r} in {masked(url)}, runs in {search.folder}", flush=True)
+        print(f"study {search.name!r} in {redacted(url)}, runs in {search.folder}", flush=True)
         minutes = args.timeout or search.space.timeout_minutes
         done = work(search, study, store, trials=args.trials, minutes=minutes)
         with store.turn():  # workers that end together write the same files
-            report(search, study, masked(url), done)
+            report(search, study, redacted(url), done)
     return 2 if done.reason == "SIGINT" else 0
 
 

@@ -30,6 +30,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from medattn.errors import InputError
+from medattn.training.redaction import redacted
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -75,17 +76,7 @@ def open_store(url: str, study: str, *, heartbeat: int, requeue: Requeue) -> Sto
         return JournalStore(Path(rest.removeprefix("//")).expanduser(), requeue)
     if scheme.partition("+")[0] in SCHEMES:
         return PostgresStore(url, study, heartbeat, requeue)
-    raise InputError(f"--storage {masked(url)}: expected journal:FILE or postgresql://USER@HOST/DATABASE")
-
-
-def masked(url: str) -> str:
-    """A URL to show: without its password, wherever that stands.
-
-    >>> masked("postgresql://anna:secret@db/tune?password=secret&sslmode=require")
-    'postgresql://anna:***@db/tune?password=***&sslmode=require'
-    """
-    # up to the last @: a password that was not percent-encoded may hold any character
-    return _ACCOUNT.sub(r"\1:***@", _PARAMETER.sub(r"\1***", url), count=1)
+    raise InputError(f"--storage {redacted(url)}: expected journal:FILE or postgresql://USER@HOST/DATABASE")
 
 
 def secrets(url: str) -> list[str]:
@@ -213,7 +204,7 @@ class PostgresStore:
         for package in ("psycopg", "sqlalchemy"):
             if importlib.util.find_spec(package) is None:
                 raise InputError(
-                    f"--storage {masked(url)}: needs the package {package}; "
+                    f"--storage {redacted(url)}: needs the package {package}; "
                     'install it with `pip install "psycopg[binary]" sqlalchemy`'
                 )
         self._url, self._requeue, self._heartbeat = url, requeue, heartbeat
@@ -253,7 +244,7 @@ class PostgresStore:
             reason = text[0] if text else type(error).__name__
             for secret in secrets(self._url):
                 reason = reason.replace(secret, "***")
-            raise InputError(f"--storage {masked(self._url)}: {reason}") from None
+            raise InputError(f"--storage {redacted(self._url)}: {reason}") from None
 
     @contextmanager
     def turn(self) -> Iterator[None]:

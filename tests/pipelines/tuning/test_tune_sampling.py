@@ -16,9 +16,10 @@ import pytest
 from optuna.trial import TrialState
 
 from medattn.errors import InputError
+from medattn.training.redaction import redacted
 from medattn_pipelines.tuning.sampling import CASES, GENERATION, CaseWilcoxon, CmaEs, make_sampler, suggest
 from medattn_pipelines.tuning.space import Pruner, Space
-from medattn_pipelines.tuning.store import JournalStore, masked, open_store
+from medattn_pipelines.tuning.store import JournalStore, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 NUMBERS = {
@@ -169,8 +170,8 @@ def test_the_pairs_are_those_of_the_same_step_of_the_best_trial_that_counts() ->
     ],
 )
 def test_passwords_are_masked(url: str, shown: str | None) -> None:
-    assert not [part for part in ("pw", "p@s", "ss:", "w/@") if part in masked(url)]
-    assert shown is None or masked(url) == shown
+    assert not [part for part in ("pw", "p@s", "ss:", "w/@") if part in redacted(url)]
+    assert shown is None or redacted(url) == shown
 
 
 @pytest.mark.parametrize("url", ["sqlite:///a.db", "runs/a.db", "journal:", "mysql://anna:pw@db/x"])
