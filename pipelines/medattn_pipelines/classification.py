@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,21 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medattn import __version__
-from medattn.atomic import write_text
 from medattn.classifier import ImageCard, load_classifier, save_classifier
 from medattn.data.images.classes import Classes
-from medattn.data.images.reading import Skipped
 from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingImages
 from medattn.errors import InputError
 from medattn.networks.registry import task_of
 from medattn.report.classification import ImageEvaluation
 from medattn.training.distributed import Processes, joined
-from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
-from medattn.training.optimizers import make_optimizer
+from medattn.training.loop import RESERVE, Limits, Schedule, State
 from medattn.training.synced_batch_norm import synchronise_batch_norms
-from medattn_pipelines.configfile import dump
-from medattn_pipelines.fitting import BEST, Learner, fit_run
+from medattn_pipelines.fitting import BEST
 from medattn_pipelines.image_evaluation import evaluate_source
+from medattn_pipelines.image_fitting import Trained, fit_images, make_learner, start_from
 from medattn_pipelines.image_inputs import evaluation_transform, memory_format, read_images, training_batches
 from medattn_pipelines.image_prediction import Classifier
 from medattn_pipelines.imageconfig import ImageConfig
@@ -37,25 +34,10 @@ from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
 LossOf = Callable[[nn.Module, ImageBatch], Tensor]
+HEAD = "head"  # what depends on the classes
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a training left behind.
-
-    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    images, None where a signal ended the training before it was complete. skipped: training images that could
-    not be decoded.
-    """
-
-    run: Path
-    reason: str
-    step: int
-    evaluation: ImageEvaluation | None
-    skipped: Sequence[Skipped] = ()
-
-
-def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False) -> Trained:
+def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False) -> Trained[ImageEvaluation]:
     """Train a classifier and report on the validation images.
 
     The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
@@ -71,7 +53,7 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
 
 def _train(
     config: ImageConfig, processes: Processes, started: float, *, resume: bool, overwrite: bool
-) -> Trained:
+) -> Trained[ImageEvaluation]:
     run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
     device = processes.device
     precision = choose_precision(config.training.precision, device)
@@ -82,58 +64,33 @@ def _train(
     torch.manual_seed(config.seed)
     network = card.build()
     if config.network.weights is not None:
-        start_from(config.network.weights, network)
-    training = config.training
-    if training.sync_batch_norm and processes.world > 1:
+        _, source = load_classifier(config.network.weights)
+        start_from(network, source, config.network.weights, HEAD)
+    if config.training.sync_batch_norm and processes.world > 1:
         synchronise_batch_norms(network)
     network = to_device(network, device, config)
-    averaged = averaged_model(network, training.ema_decay)
-    optimizer = make_optimizer(
-        training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
-    )
-    learner = Learner(network, averaged, optimizer)
-    if resume:
-        learner.load(run, processes)
-    if processes.main:
-        write_text(run / "config.yaml", dump(config))
+    learner = make_learner(config, run, network, processes, resume=resume)
     begun = time.monotonic()
-    look = Classifier(card, averaged.module, device, precision, config.data.workers)
+    look = Classifier(card, learner.averaged.module, device, precision, config.data.workers)
     look.top1(validation, most=1, processes=processes)  # shows now, not in an hour, that memory suffices
     batches = -(-len(validation.source) // (validation.batch_size * processes.world))
     reserve_seconds = RESERVE * batches * (time.monotonic() - begun)
-    skipped: dict[str, Skipped] = {}
-
-    def validate() -> tuple[float, dict[str, float]]:
-        for found in processes.gathered(skipped):
-            skipped.update(found)
-        return look.top1(validation, processes=processes)
-
-    reason, evaluation = fit_run(
+    return fit_images(
         config,
         run,
         learner,
-        _noted(training_batches(config, images, device, learner.state.step), skipped),
+        training_batches(config, images, device, learner.state.step),
         loss_function(config, card, device, precision),
         make_schedule(config, images),
         make_limits(config, images),
         score="top-1",
-        validate=validate,
+        measure=lambda: look.top1(validation, processes=processes),
         finish=lambda: finish(config, run, card, learner.state, validation, look),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
-        model=torch.compile(network) if training.compile else None,  # type: ignore[arg-type]
-        accumulate=training.accumulate,
         processes=processes,
     )
-    return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
-
-
-def _noted(batches: Iterable[ImageBatch], skipped: dict[str, Skipped]) -> Iterator[ImageBatch]:
-    """The batches; what could not be decoded for them is added to `skipped`."""
-    for batch in batches:
-        skipped.update((image.name, image) for image in batch.skipped)
-        yield batch
 
 
 def describe_model(config: ImageConfig, classes: Classes) -> ImageCard:
@@ -149,22 +106,6 @@ def describe_model(config: ImageConfig, classes: Classes) -> ImageCard:
     with torch.device("meta"):
         card.build()  # a wrong option shows now
     return card
-
-
-def start_from(folder: Path, network: nn.Module) -> None:
-    """Load the weights of another model, its last layer aside where the classes are others.
-
-    Raises InputError where anything else does not fit.
-    """
-    _, source = load_classifier(folder)
-    weights, expected = source.state_dict(), network.state_dict()
-    apart = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
-    if wrong := [name for name in apart if not name.startswith("head")]:
-        raise InputError(
-            f"{folder}: {len(wrong)} weights do not fit network.name ({', '.join(wrong[:5])}); "
-            "give a model of the same network and options"
-        )
-    network.load_state_dict({n: w for n, w in weights.items() if n not in apart}, strict=False)
 
 
 def to_device(network: nn.Module, device: torch.device, config: ImageConfig) -> nn.Module:

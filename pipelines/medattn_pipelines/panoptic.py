@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from medattn import __version__
-from medattn.atomic import write_text
 from medattn.classifier import load_classifier
-from medattn.data.images.reading import Skipped
 from medattn.data.panoptic.check import check_panoptic, sentences
 from medattn.data.panoptic.sampling import PanopticBatch
 from medattn.data.panoptic.source import PanopticImages
@@ -27,11 +25,10 @@ from medattn.panoptic_losses import PanopticWeights, panoptic_loss
 from medattn.panoptic_segmenter import PanopticCard, load_panoptic, save_panoptic
 from medattn.report.panoptic import PanopticEvaluation
 from medattn.training.distributed import Processes, joined
-from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
-from medattn.training.optimizers import make_optimizer
+from medattn.training.loop import RESERVE, Limits, Schedule, State
 from medattn.training.synced_batch_norm import synchronise_batch_norms
-from medattn_pipelines.configfile import dump
-from medattn_pipelines.fitting import BEST, Learner, fit_run
+from medattn_pipelines.fitting import BEST
+from medattn_pipelines.image_fitting import Trained, fit_images, make_learner, start_from
 from medattn_pipelines.panoptic_evaluation import evaluate_files
 from medattn_pipelines.panoptic_inputs import (
     memory_format,
@@ -50,23 +47,9 @@ LossOf = Callable[[nn.Module, PanopticBatch], Tensor]
 HEAD = "semantic_head"  # what depends on the classes
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a training left behind.
-
-    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    images, None where a signal ended the training before it was complete. skipped: training images that could
-    not be used.
-    """
-
-    run: Path
-    reason: str
-    step: int
-    evaluation: PanopticEvaluation | None
-    skipped: Sequence[Skipped] = ()
-
-
-def train(config: PanopticConfig, *, resume: bool = False, overwrite: bool = False) -> Trained:
+def train(
+    config: PanopticConfig, *, resume: bool = False, overwrite: bool = False
+) -> Trained[PanopticEvaluation]:
     """Train a panoptic segmenter and report on the validation images.
 
     The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
@@ -82,7 +65,7 @@ def train(config: PanopticConfig, *, resume: bool = False, overwrite: bool = Fal
 
 def _train(
     config: PanopticConfig, processes: Processes, started: float, *, resume: bool, overwrite: bool
-) -> Trained:
+) -> Trained[PanopticEvaluation]:
     run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
     device, training = processes.device, config.training
     precision = choose_precision(training.precision, device)
@@ -91,32 +74,17 @@ def _train(
     images = training_images(config, source, processes)
     card = describe_model(config, source.categories)
     network = build(config, card, device, processes)
-    averaged = averaged_model(network, training.ema_decay)
-    optimizer = make_optimizer(
-        training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
-    )
-    learner = Learner(network, averaged, optimizer)
-    if resume:
-        learner.load(run, processes)
-    if processes.main:
-        write_text(run / "config.yaml", dump(config))
+    learner = make_learner(config, run, network, processes, resume=resume)
     begun = time.monotonic()
-    look = PanopticSegmenter(card, averaged.module, device, precision, config.data.workers)
+    look = PanopticSegmenter(card, learner.averaged.module, device, precision, config.data.workers)
     # shows now, not in an hour, that images and memory suffice
     look.quality(validation, most=processes.world, processes=processes)
     reserve_seconds = RESERVE * -(-len(validation) // processes.world) * (time.monotonic() - begun)
-    skipped: dict[str, Skipped] = {}
-
-    def validate() -> tuple[float, dict[str, float]]:
-        for found in processes.gathered(skipped):
-            skipped.update(found)
-        return look.quality(validation, processes=processes)
-
-    reason, evaluation = fit_run(
+    return fit_images(
         config,
         run,
         learner,
-        _noted(training_batches(config, images, device, learner.state.step), skipped),
+        training_batches(config, images, device, learner.state.step),
         loss_function(config, device, precision),
         Schedule(training.learning_rate, training.warmup_steps, training.schedule, training.floor),
         Limits(
@@ -127,16 +95,13 @@ def _train(
             save_every=training.save_every,
         ),
         score="PQ",
-        validate=validate,
+        measure=lambda: look.quality(validation, processes=processes),
         finish=lambda: finish(run, card, learner.state, validation, look),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
-        model=torch.compile(network) if training.compile else None,  # type: ignore[arg-type]
-        accumulate=training.accumulate,
         processes=processes,
     )
-    return Trained(run, reason, learner.state.step, evaluation, list(skipped.values()))
 
 
 def require_sound(images: PanopticImages, workers: int, processes: Processes) -> None:
@@ -154,13 +119,6 @@ def require_sound(images: PanopticImages, workers: int, processes: Processes) ->
         )
     if problems := sentences(findings):
         raise InputError(*problems)
-
-
-def _noted(batches: Iterable[PanopticBatch], skipped: dict[str, Skipped]) -> Iterator[PanopticBatch]:
-    """The batches; what could not be used for them is added to `skipped`."""
-    for batch in batches:
-        skipped.update((image.name, image) for image in batch.skipped)
-        yield batch
 
 
 def describe_model(config: PanopticConfig, categories: Categories) -> PanopticCard:
@@ -190,26 +148,11 @@ def build(
         _, classifier = load_classifier(config.network.backbone)
         load_backbone(network, classifier.state_dict(), path=config.network.backbone)
     if config.network.weights is not None:
-        start_from(config.network.weights, network)
+        _, source = load_panoptic(config.network.weights)
+        start_from(network, source, config.network.weights, HEAD)
     if config.training.sync_batch_norm and processes.world > 1:
         synchronise_batch_norms(network)
     return network.to(device=device, memory_format=memory_format(config))  # type: ignore[call-overload, no-any-return]
-
-
-def start_from(folder: Path, network: nn.Module) -> None:
-    """Load the weights of another panoptic model, its semantic outputs aside where the classes are others.
-
-    Raises InputError where anything else does not fit.
-    """
-    _, source = load_panoptic(folder)
-    weights, expected = source.state_dict(), network.state_dict()
-    apart = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
-    if wrong := [name for name in apart if not name.startswith(HEAD)]:
-        raise InputError(
-            f"{folder}: {len(wrong)} weights do not fit network.name ({', '.join(wrong[:5])}); "
-            "give a model of the same network and options"
-        )
-    network.load_state_dict({n: w for n, w in weights.items() if n not in apart}, strict=False)
 
 
 def loss_function(config: PanopticConfig, device: torch.device, precision: torch.dtype) -> LossOf:
