@@ -25,6 +25,7 @@ IGNORED = -1  # the class index of the same, in maps of class indices
 GOLDEN = 0.618033988749895  # of the colour circle: neighbours in a list get hues far apart
 
 Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Segment:
     category: int
     crowd: bool = False
     area: int | None = None
-    box: tuple[int, int, int, int] | None = None
+    box: Box | None = None
     score: float | None = None
 
 
@@ -132,6 +133,29 @@ class PanopticTargets(NamedTuple):
     centre_weight: Tensor
     offset: Tensor
     offset_weight: Tensor
+
+
+def measure(ids: npt.NDArray[np.int32]) -> dict[int, tuple[int, Box]]:
+    """Segment id -> pixels, and the box (left, top, width, height) around them. ids: [h, w]."""
+    flat, width = ids.ravel(), ids.shape[1]
+    if not flat.size:
+        return {}
+    change = flat[1:] != flat[:-1]
+    change[width - 1 :: width] = True  # a run ends with its row
+    starts = np.concatenate(([0], np.flatnonzero(change) + 1))
+    lengths = np.diff(starts, append=flat.size)
+    values, place = np.unique(flat[starts], return_inverse=True)
+    order = place.argsort(kind="stable")
+    first = np.searchsorted(place[order], np.arange(len(values)))
+    row, column, lengths = starts[order] // width, starts[order] % width, lengths[order]
+    left, top = np.minimum.reduceat(column, first), np.minimum.reduceat(row, first)
+    right, bottom = np.maximum.reduceat(column + lengths, first), np.maximum.reduceat(row, first) + 1
+    boxes = np.stack((left, top, right - left, bottom - top), 1).tolist()
+    areas = np.add.reduceat(lengths, first).tolist()
+    return {
+        value: (area, (x, y, w, h))
+        for value, area, (x, y, w, h) in zip(values.tolist(), areas, boxes, strict=True)
+    }
 
 
 def spread_colour(index: int) -> Colour:

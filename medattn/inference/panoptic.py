@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from medattn.errors import InputError
 from medattn.inference.panoptic_centres import Centres, find_centres, group
-from medattn.panoptic import IGNORED, Categories, PanopticOutput, Segment
+from medattn.panoptic import IGNORED, Categories, PanopticOutput, Segment, measure
 
 LOGIT_BYTES = 32 * 2**20  # of logits whose exponentials exist at once
 
@@ -119,12 +118,11 @@ def annotate(
 
 def measured(ids: npt.NDArray[np.int32], segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Segments of ids 1, 2, ... with areas and boxes in a picture; those without a pixel are left out."""
-    areas = np.bincount(ids.ravel(), minlength=len(segments) + 1)
-    extents = ndimage.find_objects(ids, max_label=len(segments))
+    found = measure(ids)
     return tuple(
-        replace(segment, area=int(areas[segment.id]), box=_box(extents[segment.id - 1]))
+        replace(segment, area=found[segment.id][0], box=found[segment.id][1])
         for segment in segments
-        if areas[segment.id]
+        if segment.id in found
     )
 
 
@@ -207,9 +205,3 @@ def _scores(
     instances = slice(1, 1 + centres.heat.shape[1])
     scores[:, instances] *= centres.heat
     return scores
-
-
-def _box(extent: Any) -> tuple[int, int, int, int]:
-    """Left, top, width, height of a pair of slices."""
-    rows, columns = extent
-    return columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start

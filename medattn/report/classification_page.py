@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from medattn.report.classification import Bin, ImageEvaluation
-from medattn.report.figures import ACCENT, INK, PAPER, SOFT, to_svg
+from medattn.report.figures import ACCENT, INK, PAPER, SOFT, jpeg, to_svg
 from medattn.report.page import template
 
 THUMBNAIL = 192  # pixels of the longer side
@@ -67,9 +65,7 @@ def thumbnail(image: Image.Image) -> str:
     """A small copy as the data URI of a JPEG. image: RGB."""
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    jpeg = io.BytesIO()
-    small.save(jpeg, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
+    return jpeg(small)
 
 
 def reliability_diagram(bins: Sequence[Bin]) -> str:

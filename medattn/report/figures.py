@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from medattn.geometry import Array, Geometry
 from medattn.metrics.scores import Score
@@ -72,6 +73,13 @@ def overlay(
     x_mm, y_mm, _ = canonical.spacing_mm()
     png = _draw(plane(prediction), plane(reference), (x_mm, y_mm), background, faint)
     return Overlay(score, png, axis, worst, hu is not None)
+
+
+def jpeg(image: Image.Image) -> str:
+    """An RGB picture as the data URI of a JPEG."""
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=85)
+    return _data_uri("jpeg", file)
 
 
 def box_plots(organs: Sequence[str], panels: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> str:
@@ -175,7 +183,11 @@ def _draw(
     _annotate(ax, right - left)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+    return _data_uri("png", png)
+
+
+def _data_uri(kind: str, file: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _outline(mask: Array, spacing_mm: tuple[float, float]) -> tuple[Array, Array, Array]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from medattn.panoptic import Categories, Segment
-from medattn.report.figures import ACCENT, INK, PAPER, SOFT, to_svg
+from medattn.report.figures import ACCENT, INK, PAPER, SOFT, jpeg, to_svg
 from medattn.report.page import template
 from medattn.report.panoptic import ClassScore, ImageScore, PanopticEvaluation
 from medattn.report.panoptic_overlay import overlay
@@ -77,13 +75,6 @@ def pictures(
         for ids, segments in (reference, prediction)
     ]
     return Shown(score, "" if photo is None else jpeg(below), *painted)
-
-
-def jpeg(image: Image.Image) -> str:
-    """An RGB picture as the data URI of a JPEG."""
-    file = io.BytesIO()
-    image.save(file, format="JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def quality_figure(scores: Sequence[ClassScore]) -> str:

@@ -22,7 +22,7 @@ from medattn_pipelines.datawatch import DataWatch, watch_data
 from medattn_pipelines.progress import training_progress
 from medattn_pipelines.record import Record, drop_later_lines
 from medattn_pipelines.runs import machine
-from medattn_pipelines.trackrecord import data_sets, open_tracker, track_results
+from medattn_pipelines.trackrecord import open_tracker, plan_sets, track_results
 
 BEST, LAST = "checkpoints/best.safetensors", "checkpoints/last"  # in the run folder
 
@@ -146,7 +146,7 @@ def _recorded(
             config,
             run,
             state.step if resume else None,
-            data=[*data_sets(config, run), *watch.data_sets],
+            data=[*watch.data_sets, *plan_sets(run)],
             machine=machine(config, processes),
         ) as tracker,
         training_progress(limits.steps) as show,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medattn.training.runrecord import DataSet
+from medattn.training.runrecord import DataSet, digest_of
 from medattn.training.tracking import Tracker
 from medattn_pipelines.configfile import AnyConfig, flatten
 
@@ -49,29 +47,10 @@ def track_results(tracker: Tracker, config: AnyConfig, run: Path) -> None:
     tracker.model(run / "model", loader=LOADER, register=register, numbers=report_numbers(run / "report"))
 
 
-def data_sets(config: AnyConfig, run: Path) -> list[DataSet]:
-    """The data with a digest over names and sizes of all files, which is cheap, and of their descriptions.
-
-    Of volumes the contents of cases.json and labels.json count as well, and the plan is an entry of its own.
-    """
-    root = config.data.root
-    read = (root / "cases.json", root / "labels.json") if config.task == "volumes" else ()
-    found = [DataSet(root.name or "data", listing_digest(root, read), str(root.resolve()))]
-    if (plan := run / "plan.json").is_file():
-        digest = hashlib.blake2b(plan.read_bytes(), digest_size=16).hexdigest()
-        found.append(DataSet("plan", digest, str(plan.resolve())))
-    return found
-
-
-def listing_digest(root: Path, read: tuple[Path, ...] = ()) -> str:
-    """Of the names and sizes of all files below a folder, and of the contents of those in `read`."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, size in sorted(_listing(str(root), "")):
-        found.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    for path in read:
-        if path.is_file():
-            found.update(path.read_bytes())
-    return found.hexdigest()
+def plan_sets(run: Path) -> list[DataSet]:
+    """The plan of a training on volumes, as what else it learns by; none of trainings on images."""
+    plan = run / "plan.json"
+    return [DataSet("plan", digest_of(plan), str(plan.resolve()))] if plan.is_file() else []
 
 
 def report_numbers(report: Path) -> dict[str, float]:
@@ -81,19 +60,6 @@ def report_numbers(report: Path) -> dict[str, float]:
         return {}
     numbers = _numbers(json.loads(path.read_text(encoding="utf-8")))
     return dict(list(numbers)[:MOST_NUMBERS])
-
-
-def _listing(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Names below a folder, with slashes, and sizes. Hidden files are none of the data."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{prefix}{entry.name}"
-            if entry.is_dir():
-                yield from _listing(entry.path, f"{name}/")
-            elif entry.is_file():
-                yield name, entry.stat().st_size
 
 
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

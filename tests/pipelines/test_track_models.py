@@ -23,8 +23,9 @@ from medattn.labels import LabelSet
 from medattn.training.mlflow_model import written
 from medattn_pipelines import image_prediction, panoptic_prediction, prediction
 from medattn_pipelines.configfile import load_any
+from medattn_pipelines.datawatch import watch_data
 from medattn_pipelines.modelserving import paths_of
-from medattn_pipelines.trackrecord import LOADER, data_sets, listing_digest, report_numbers
+from medattn_pipelines.trackrecord import LOADER, plan_sets, report_numbers
 
 # inside MLflow
 pytestmark = pytest.mark.filterwarnings(
@@ -170,32 +171,11 @@ def test_paths_come_in_many_forms() -> None:
             paths_of(wrong)
 
 
-def test_other_data_have_another_digest(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    (root / "a").mkdir(parents=True)
-    (root / "a/1.png").write_bytes(b"1")
-    (root / "cases.json").write_text("{}", encoding="utf-8")
-    seen = [listing_digest(root)]
-    (root / ".index").write_bytes(b"of a program")
-    assert listing_digest(root) == seen[0]
-    (root / "a/1.png").write_bytes(b"2")
-    assert listing_digest(root) == seen[0], "cheap: of the same name and size"
-    (root / "a/1.png").write_bytes(b"22")
-    seen.append(listing_digest(root))
-    (root / "a/1.png").rename(root / "a/2.png")
-    seen.append(listing_digest(root))
-    (root / "b").mkdir()
-    (root / "a/2.png").rename(root / "b/2.png")
-    seen.append(listing_digest(root, (root / "cases.json",)))
-    (root / "cases.json").write_text("[]", encoding="utf-8")
-    seen.append(listing_digest(root, (root / "cases.json",)))
-    assert len(set(seen)) == len(seen)
-
-
 def test_volumes_have_a_digest_of_their_plan_too(cases: Path, volume_model: Path) -> None:
-    config = load_any(volume_model.parent / "config.yaml", [f"run.dir={volume_model.parent}"])
-    data, plan = data_sets(config, volume_model.parent)
-    assert (data.name, data.source, plan.name) == ("cases", str(cases), "plan")
+    run = volume_model.parent
+    config = load_any(run / "config.yaml", [f"run.dir={run}"])
+    (data,), (plan,) = watch_data(config, run, resume=False).data_sets, plan_sets(run)
+    assert (data.name, data.source, plan.name) == ("contents", str(cases), "plan")
     assert len({data.digest, plan.digest}) == 2
     assert len(data.digest) == len(plan.digest) == 32, "MLflow takes 36 at most"
 

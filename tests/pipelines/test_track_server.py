@@ -276,7 +276,7 @@ def test_a_training_is_on_the_server_and_its_model_predicts_from_there(
     assert_equal_line_by_line(client, run_id, run)
     assert found.data.params["training.steps"] == "4"
     assert found.data.params["run.experiment"] == "hn"
-    assert {one.dataset.name for one in found.inputs.dataset_inputs} >= {"cases", "plan"}
+    assert {one.dataset.name for one in found.inputs.dataset_inputs} == {"contents", "plan"}
     assert {file.path for file in client.list_artifacts(run_id)} >= {"report", "model", "config.yaml"}
     (version,) = client.search_model_versions("name = 'hn'")
     report = json.loads((run / "report/metrics.json").read_text(encoding="utf-8"))

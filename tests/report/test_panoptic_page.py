@@ -16,9 +16,10 @@ from PIL import Image
 from medattn.metrics.instance_precision import ImageInstances, average_precision, instances
 from medattn.metrics.panoptic_quality import count
 from medattn.panoptic import Categories, Category, Segment
+from medattn.report.figures import jpeg
 from medattn.report.panoptic import COLUMNS, PanopticEvaluation, to_csv, to_json
 from medattn.report.panoptic_overlay import BORDER, overlay
-from medattn.report.panoptic_page import THUMBNAIL, Shown, jpeg, pictures, quality_figure, render
+from medattn.report.panoptic_page import THUMBNAIL, Shown, pictures, quality_figure, render
 
 CATEGORIES = Categories(
     (

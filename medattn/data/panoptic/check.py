@@ -18,11 +18,10 @@ from PIL import Image
 from medattn.data.examine import Finding, Severity
 from medattn.errors import InputError
 from medattn.io.panoptic import DAMAGED, PanopticFile, read_ids
-from medattn.panoptic import VOID, Annotation, Categories, ImageRecord
+from medattn.panoptic import VOID, Annotation, Categories, ImageRecord, measure
 
 LISTED = 5  # ids or images that one finding names
 Ids = npt.NDArray[np.int32]
-Box = tuple[int, int, int, int]
 
 
 def check_panoptic(
@@ -197,29 +196,6 @@ def _pixel_findings(file: PanopticFile, annotation: Annotation, ids: Ids) -> Ite
     for field, wrong in (("area", areas), ("bbox", boxes)):
         if wrong:
             yield _disagreement(annotation, where, field, wrong)
-
-
-def measure(ids: Ids) -> dict[int, tuple[int, Box]]:
-    """Segment id -> pixels, and the box (left, top, width, height) around them. ids: [h, w]."""
-    flat, width = ids.ravel(), ids.shape[1]
-    if not flat.size:
-        return {}
-    change = flat[1:] != flat[:-1]
-    change[width - 1 :: width] = True  # a run ends with its row
-    starts = np.concatenate(([0], np.flatnonzero(change) + 1))
-    lengths = np.diff(starts, append=flat.size)
-    values, place = np.unique(flat[starts], return_inverse=True)
-    order = place.argsort(kind="stable")
-    first = np.searchsorted(place[order], np.arange(len(values)))
-    row, column, lengths = starts[order] // width, starts[order] % width, lengths[order]
-    left, top = np.minimum.reduceat(column, first), np.minimum.reduceat(row, first)
-    right, bottom = np.maximum.reduceat(column + lengths, first), np.maximum.reduceat(row, first) + 1
-    boxes = np.stack((left, top, right - left, bottom - top), 1).tolist()
-    areas = np.add.reduceat(lengths, first).tolist()
-    return {
-        value: (area, (x, y, w, h))
-        for value, area, (x, y, w, h) in zip(values.tolist(), areas, boxes, strict=True)
-    }
 
 
 def _disagreement(

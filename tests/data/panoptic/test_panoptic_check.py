@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from medattn.data.panoptic.check import check_panoptic, measure, sentences
+from medattn.data.panoptic.check import check_panoptic, sentences
 from medattn.io.panoptic import read_panoptic, write_ids
+from medattn.panoptic import measure
 
 CAT, SKY = 17, 187
 Content = dict[str, Any]
