@@ -13,6 +13,9 @@ turns, so that whatever else the machine does hits all alike, and a block ends w
 The clock is for orientation: on a busy machine it varies by more than tracking costs.
 
 Starting MLflow costs once, and is timed apart: its import and the run's entry, for SQLite with its tables.
+
+Predicted: 0.3% of a step. Measured in 3 blocks of 60 steps, one thread: 0.035% with SQLite, 0.009% with a
+server.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ def check(parser: ArgumentParser) -> None:
         type=Path,
         metavar="DATA",
         help="folder in medattn's case layout; or a JSON file of the COCO panoptic format with its PNGs in "
-        "the folder of the same name beside it, or a folder of such files",
+        "the folder of the same name beside it, a folder of such files, or the root of COCO, Cityscapes or "
+        "Mapillary Vistas",
     )
     parser.add_argument(
         "--repair",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,20 +16,24 @@ if TYPE_CHECKING:
 
 def check(args: Namespace) -> int:
     """Print the findings of what DATA is; 1 if there is an error among them."""
-    paths = panoptic_paths(args.data)
-    return _check_panoptic(paths, args) if paths else _check_cases(args)
+    files = panoptic_files(args.data)
+    return _check_panoptic(files, args) if files else _check_cases(args)
 
 
-def panoptic_paths(data: Path) -> list[Path]:
-    """The JSON files that DATA means: itself, or in a folder those that have a folder of their name beside.
+def panoptic_files(data: Path) -> dict[Path, Path | None]:
+    """The JSON files that DATA means, and the folder of their photos where the layout tells it.
 
-    None of a folder of cases, which has cases.json.
+    A file is itself. A folder holds those with a folder of their name beside, or is the root of a data set in
+    a published layout. None of a folder of cases, which has cases.json.
     """
+    from medattn.data.panoptic.layouts import all_splits
+
     if data.suffix.lower() == ".json":
-        return [data]
+        return {data: None}
     if not data.is_dir() or (data / "cases.json").exists():
-        return []
-    return sorted(path for path in data.glob("*.json") if path.with_suffix("").is_dir())
+        return {}
+    files = sorted(path for path in data.glob("*.json") if path.with_suffix("").is_dir())
+    return dict.fromkeys(files) or {split.json: split.images for split in all_splits(data)}
 
 
 def _check_cases(args: Namespace) -> int:
@@ -60,7 +64,7 @@ def _check_cases(args: Namespace) -> int:
     return 1 if errors else 0
 
 
-def _check_panoptic(paths: Sequence[Path], args: Namespace) -> int:
+def _check_panoptic(photos: Mapping[Path, Path | None], args: Namespace) -> int:
     from medattn.data.panoptic.check import check_panoptic
     from medattn.io.panoptic import read_panoptic
 
@@ -69,7 +73,7 @@ def _check_panoptic(paths: Sequence[Path], args: Namespace) -> int:
             "--repair: found with a panoptic file, expected with a folder of cases alone; leave it out"
         )
     files, problems = [], list[str]()
-    for path in paths:
+    for path in photos:
         try:
             files.append(read_panoptic(path))
         except InputError as error:
@@ -79,7 +83,8 @@ def _check_panoptic(paths: Sequence[Path], args: Namespace) -> int:
     total = 0
     for file in files:
         with case_progress("Reading images", len(file.annotations)) as tick:
-            findings = check_panoptic(file, images=args.images, workers=args.workers, on_image=tick)
+            images = args.images or photos[file.path]
+            findings = check_panoptic(file, images=images, workers=args.workers, on_image=tick)
         if findings:
             rows = [(f.case, f.severity, f.cause, f.repair) for f in findings]
             print_table(f"Findings in {file.path}", ("file", "severity", "cause", "repair"), rows)

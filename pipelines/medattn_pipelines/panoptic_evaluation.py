@@ -16,6 +16,7 @@ import numpy.typing as npt
 import medattn
 from medattn.atomic import write_text
 from medattn.data.panoptic.check import examine, listing_findings, sentences, unreadable
+from medattn.data.panoptic.layouts import photo_path
 from medattn.data.panoptic.source import read_image
 from medattn.errors import InputError
 from medattn.io.panoptic import PanopticFile, read_ids, read_panoptic
@@ -286,7 +287,7 @@ def _write(
         predicted = found.annotation[annotation.image_id]
         photo = None
         if images is not None:
-            photo = read_image(images / expected.image[annotation.image_id].file_name)
+            photo = read_image(photo_path(images, expected.image[annotation.image_id]))
         true, said = (
             (read_ids(file.png(side)), side.segments)
             for file, side in ((expected, annotation), (found, predicted))

@@ -251,6 +251,20 @@ def test_check_takes_a_file_or_a_folder_of_them(
     assert main(["check", str(reference)]) == 2
 
 
+def test_check_takes_the_root_of_a_data_set(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    reference.rename(root / "annotations/panoptic_val2017.json")
+    reference.with_suffix("").rename(root / "annotations/panoptic_val2017")
+    assert main(["check", str(root)]) == 1, "photos of this layout are in val2017"
+    (tmp_path / "photos").rename(root / "val2017")
+    capsys.readouterr()
+    assert main(["check", str(root)]) == 0
+    assert "panoptic_val2017.json: errors: 0" in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.shared
 def test_real_predictions_that_are_the_reference_are_perfect(shared_data: Path, tmp_path: Path) -> None:
     root = shared_data / "coco_panoptic_mini"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from medattn.data.examine import Finding, Severity
+from medattn.data.panoptic.layouts import photo_path
 from medattn.errors import InputError
 from medattn.io.panoptic import DAMAGED, PanopticFile, read_ids
 from medattn.panoptic import VOID, Annotation, Categories, ImageRecord, measure
@@ -86,7 +87,7 @@ def examine(
     if record is not None:
         found += _size_findings(file, annotation, record, ids.shape)
     if images is not None:
-        photo = None if record is None else Path(images) / record.file_name
+        photo = None if record is None else photo_path(Path(images), record)
         found += _photo_findings(file, annotation, photo, ids.shape)
     return tuple(found)
 

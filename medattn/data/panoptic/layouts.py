@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medattn.errors import InputError
+from medattn.panoptic import ImageRecord
 
 SPLITS = {"train": "training", "val": "validation"}  # ours -> Mapillary's
 
@@ -57,6 +58,20 @@ def places(layout: str, root: str | Path, split: str) -> Places:
     raise InputError(
         f"{candidates[0].json}: no such file, expected the panoptic annotations of layout {layout!r}; {hint}"
     )
+
+
+def all_splits(root: Path) -> list[Places]:
+    """Every split of every layout that has its JSON file below a folder."""
+    found = [place for layout in LAYOUTS.values() for split in SPLITS for place in layout(root, split)]
+    return [place for place in found if place.json.is_file()]
+
+
+def photo_path(images: Path, image: ImageRecord) -> Path:
+    """The photo of an image: by the listed name, or where that is not there by what a layout calls its id."""
+    listed = images / image.file_name
+    others = (_cityscapes_name(image.id, None), _mapillary_name(image.id, None))
+    candidates = (listed, *(images / name for name in others if name is not None))
+    return next((path for path in candidates if path.is_file()), listed)
 
 
 CREATED = "write it with cityscapesscripts/preparation/createPanopticImgs.py, or correct the folder"

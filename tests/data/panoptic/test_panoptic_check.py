@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from medattn.data.panoptic.check import check_panoptic, sentences
+from medattn.data.panoptic.layouts import all_splits, photo_path
 from medattn.io.panoptic import read_panoptic, write_ids
 from medattn.panoptic import measure
 
@@ -213,3 +214,17 @@ def test_real_files_have_no_error(shared_data: Path) -> None:
     root = shared_data / "coco_panoptic_mini"
     file = read_panoptic(root / "annotations" / "panoptic_val2017.json")
     assert check_panoptic(file, images=root / "val2017") == ()
+
+
+@pytest.mark.parametrize("layout", ["coco", "cityscapes", "mapillary", "mapillary_v1.2", "mapillary_v2"])
+def test_photos_are_found_in_every_published_layout(layout: str, tree: Callable[..., Path]) -> None:
+    root = tree(layout)
+    tree(layout, split="val")
+    train, val = all_splits(root)
+    assert train.json != val.json
+    for split in (train, val):
+        file = read_panoptic(split.json)
+        of_labels = check_panoptic(file)
+        assert check_panoptic(file, images=split.images) == of_labels
+        photo_path(split.images, file.images[0]).unlink()
+        assert len(check_panoptic(file, images=split.images)) == len(of_labels) + 1
