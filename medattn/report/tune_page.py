@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from medattn.report.figures import ACCENT, INK, PAPER, SOFT, to_svg
 from medattn.report.page import template
@@ -17,7 +18,7 @@ from medattn.report.tune import UNITS, SearchResult, Trial
 
 def render(result: SearchResult) -> str:
     """The page as HTML text without any reference to another file or address."""
-    curves = [trial for trial in result.trials if len(trial.curve) > 1]
+    curves = [trial for trial in result.trials if trial.curve]
     return template("tune.html.j2").render(
         result=result,
         shown=shown,
@@ -60,6 +61,7 @@ def history(result: SearchResult, name: str) -> str:
     steps = [better(t.measures[name] for t in counted[: n + 1]) for n in range(len(counted))]
     ax.step([t.number for t in counted], steps, where="post", color=ACCENT, linewidth=1.8)
     ax.set_xlabel("trial", color=INK, fontsize=9)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(axis_name(name), fontsize=10, color=INK, loc="left")
     return to_svg(figure)
 
@@ -77,13 +79,20 @@ def importance(shares: Mapping[str, float]) -> str:
 
 
 def learning_curves(trials: Sequence[Trial]) -> str:
-    """The score of every trial at its validations, as one SVG element; the best one's stands out."""
+    """The score of every trial at its validations, as one SVG element; the best one's stands out.
+
+    A pruned one is dashed and ends in a cross, which is all of it where it had a single validation.
+    """
     figure, ax = _figure(2.8)
     for trial in sorted(trials, key=lambda trial: trial.best):
         steps, scores = zip(*trial.curve, strict=True)
         color, width = (ACCENT, 2.2) if trial.best else (INK, 0.8)
-        style = "--" if trial.state == "pruned" else "-"
-        ax.plot(steps, scores, style, color=color, linewidth=width, alpha=1 if trial.best else 0.45)
+        style, mark = ("--", "x") if trial.state == "pruned" else ("-", "o")
+        last = [len(steps) - 1]
+        ax.plot(
+            steps, scores, style, marker=mark, markevery=last, markersize=4.5,
+            color=color, linewidth=width, alpha=1 if trial.best else 0.45,
+        )  # fmt: skip
     ax.set_xlabel("step", color=INK, fontsize=9)
     ax.set_title("score", fontsize=10, color=INK, loc="left")
     return to_svg(figure)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from medattn.training.mlflow_run import MlflowRun
@@ -20,15 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 class Mirror:
-    """Keeps MLflow's copy of a run up to what the run folder holds.
+    """Keeps MLflow's copy of a run up to what the run folder holds, at the end also its state.
 
     uri: where. A failure is logged as one warning and tried again every minute and at the end, from what the
-    server has then.
+    server has then. turn: for a run that several processes mirror, a context in which no other one does.
     """
 
-    def __init__(self, run_dir: Path, record: RunRecord, uri: str) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        record: RunRecord,
+        uri: str,
+        turn: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self._run_dir, self._record, self._uri = run_dir, record, uri
-        self._system = SystemMetrics(run_dir)
+        self._turn, self._shared = turn or nullcontext, turn is not None
+        self._system = None if self._shared else SystemMetrics(run_dir)
         self._news, self._closing = threading.Event(), threading.Event()
         self._patient_until = 0.0
         self._caught_up = False
@@ -64,12 +73,13 @@ class Mirror:
             self._news.clear()
             last = self._closing.is_set()
             try:
-                if copy is None:
-                    copy = MlflowRun(self._run_dir, self._record, self._uri, self._expect)
-                copy.update()
-                self._caught_up = True
-                if last:
-                    copy.end()
+                with self._turn():
+                    if copy is None or self._shared:  # others may have sent what is there by now
+                        copy = MlflowRun(self._run_dir, self._record, self._uri, self._expect)
+                    copy.update()
+                    self._caught_up = True
+                    if last and self._record.status != "running":
+                        copy.end()
             except Exception as error:  # noqa: BLE001  a copy may fail in any way, and never ends a training
                 self._warn(f"{self._uri}: {type(error).__name__}: {error}")
                 copy = None
@@ -81,7 +91,7 @@ class Mirror:
         """For the end of the run; or so long and then for news. Looks at the machine meanwhile."""
         until = time.monotonic() + seconds
         while not self._closing.is_set():
-            if self._system.sample():
+            if self._system is not None and self._system.sample():
                 self._news.set()
             if (left := until - time.monotonic()) > 0:
                 self._closing.wait(min(left, 1.0))

@@ -15,7 +15,7 @@ from medattn.training.redaction import redacted
 from medattn.training.runrecord import METRICS, SYSTEM, RunRecord, digest_of, files_of
 
 IDENTITY = "mlflow.json"
-KEY, PARENT, SENT = "medattn.key", "medattn.parent", "medattn.sent"
+KEY, PARENT, SENT, STATUS = "medattn.key", "medattn.parent", "medattn.sent", "medattn.status"
 METRICS_PER_CALL, PARAMETERS_PER_CALL = 1000, 25  # MLflow takes 1 MB a call, and 100 parameters
 PARAMETER_LENGTH, TAG_LENGTH = 6000, 5000
 REQUEST_SECONDS, DATABASE_SECONDS = 10.0, 60.0
@@ -64,15 +64,23 @@ class MlflowRun:
             self._send_model()
 
     def end(self) -> None:
-        """Set the final state, and take in runs that came before the one that they belong to."""
+        """Set the final state, and take in runs that came before the one that they belong to.
+
+        A session that ended later, on another machine that works on the same run, has the last word. MLflow
+        has no state for pruned runs: they are killed, and a tag says the rest.
+        """
         self._expect(REQUEST_SECONDS)
         for child in self._search(PARENT, self.record.key):
             if "mlflow.parentRunId" not in child.data.tags:
                 self._set_tag("mlflow.parentRunId", self.run_id, child.info.run_id)
-        status = self.record.status.upper()
-        info = self.client.get_run(self.run_id).info
-        if (info.status, info.end_time) != (status, self.record.ended_ms):
-            self.client.set_terminated(self.run_id, status, self.record.ended_ms)
+        found, ended_ms = self.client.get_run(self.run_id), self.record.ended_ms
+        if found.info.status != "RUNNING" and (found.info.end_time or 0) > (ended_ms or 0):
+            return
+        status = "KILLED" if self.record.status == "pruned" else self.record.status.upper()
+        if self.record.status == "pruned" and STATUS not in found.data.tags:
+            self._set_tag(STATUS, "pruned")
+        if (found.info.status, found.info.end_time) != (status, ended_ms):
+            self.client.set_terminated(self.run_id, status, ended_ms)
             self.sent["final states"] += 1
 
     def _search(self, tag: str, value: str) -> list[Any]:
@@ -112,6 +120,8 @@ class MlflowRun:
         run = self.client.get_run(self.run_id)
         if self.record.status == "running" and run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
+        if run.info.run_name != self.record.name:
+            self.client.update_run(self.run_id, name=self.record.name)
         names = Names()
         given = {names(name): text[:PARAMETER_LENGTH] for name, text in self.record.parameters.items()}
         new = [Param(name, text) for name, text in given.items() if name not in run.data.params]

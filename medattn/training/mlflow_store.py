@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from medattn.training.runrecord import FILE
+
 DEFAULTS = {  # MLflow's own switches, where the user has not set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # give up on a dead server quickly: there is another attempt
@@ -90,7 +92,9 @@ def _allowed(name: str) -> str:
 
 
 def _database(run_dir: Path) -> Path:
-    return run_dir.resolve().parent / "mlflow.db"
+    """Beside the run folder; a run in the folder of another one, as a trial in its sweep's, shares that's."""
+    folder = run_dir.resolve().parent
+    return (folder.parent if (folder / FILE).exists() else folder) / "mlflow.db"
 
 
 def _artifacts(uri: str, run_dir: Path) -> str | None:

@@ -27,7 +27,7 @@ FILE = "run.json"
 METRICS = "metrics.jsonl"
 SYSTEM = "system.jsonl"
 
-Status = Literal["running", "finished", "failed", "killed"]
+Status = Literal["running", "finished", "failed", "killed", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ class RunRecord:
 
 
 def new_record(name: str, experiment: str, parent: str | None, key: str | None) -> RunRecord:
-    """Of a run that starts now. Raises ValueError for a key that cannot be searched for."""
+    """Of a run that starts now. MLFLOW_EXPERIMENT_NAME takes the place of the experiment.
+
+    Raises ValueError for a key that cannot be searched for.
+    """
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
     if not re.fullmatch(r"[\w.:/ -]{1,250}", key or "-"):
         raise ValueError(f"key {key!r}: expected 1 to 250 letters, digits or any of . : / - _ and spaces")
     return RunRecord(key or uuid.uuid4().hex, name, experiment, parent, None, now_ms())
@@ -129,21 +133,21 @@ def now_ms() -> int:
     return round(time.time() * 1000)
 
 
-def hold(file: Any) -> None:
-    """Mark an open file as being written, until this process ends in whichever way."""
+def hold(file: Any, *, shared: bool = False) -> None:
+    """Mark an open file as being written, until this process ends in whichever way. shared: by several."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:  # a file system without locks, or a second writer: neither is a reason not to train
         return
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process of this machine writes the file now."""
+    """Whether any process of this machine writes the file now."""
     if not path.exists():
         return False
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,11 @@ from medattn.training.runrecord import (
     read_record,
 )
 
-Status = Literal["finished", "failed", "killed"]
+Status = Literal["finished", "failed", "killed", "pruned"]
+
+
+class Pruned(BaseException):
+    """Ends a training that fell behind in a search; no error, as KeyboardInterrupt is none."""
 
 
 class Tracker:
@@ -45,7 +48,8 @@ class Tracker:
     of the machines that share a sweep, write one run of MLflow. data: what is learned from.
 
     What ran is kept in run.json, from which `medattn track sync` makes MLflow's copy where that failed.
-    Used as a context manager it closes itself: finished, failed on an exception, killed on Ctrl-C or exit.
+    Used as a context manager it closes itself: finished, failed on an exception, pruned on Pruned, killed on
+    Ctrl-C or exit.
     """
 
     def __init__(
@@ -69,8 +73,8 @@ class Tracker:
         hold(self._file)
         if resume_step is not None and (run_dir / FILE).exists():
             self.record = read_record(run_dir)
+            self.record.name = name  # a trial that another worker goes on with has another number
         else:
-            experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
             self.record = new_record(name, experiment, parent, key)
         uri = uri_for(run_dir)
         self.record.tracking_uri = redacted(uri) if mirror else None
@@ -154,7 +158,8 @@ class Tracker:
             self.close("finished")
         else:
             with suppress(OSError):  # of a full disk, say: what went wrong first is what people need to know
-                self.close("failed" if isinstance(error, Exception) else "killed")
+                stopped: Status = "pruned" if isinstance(error, Pruned) else "killed"
+                self.close("failed" if isinstance(error, Exception) else stopped)
 
 
 def _lines_until(path: Path, step: int) -> str:

@@ -20,6 +20,9 @@ from medattn_pipelines.progress import Update
 class Listener(Protocol):
     """Who wants to know how trainings go, such as a search. What it raises ends the training."""
 
+    def begun(self, state: State) -> None:
+        """Before the first step, or the next one of a run that goes on."""
+
     def cases(self, scores: Mapping[str, float]) -> None:
         """Before `validated`, where a validation has one: the score of each case."""
 
@@ -60,6 +63,10 @@ class Record:
     state: State
     log_every: int
     score: str
+
+    def __post_init__(self) -> None:
+        if listener := _LISTENER.get():
+            listener.begun(self.state)
 
     def step(self, values: Mapping[str, float]) -> None:
         """After each step."""

@@ -13,7 +13,7 @@ from medattn.errors import InputError
 from medattn.training.mlflow_run import MlflowRun
 from medattn.training.mlflow_store import uri_for
 from medattn.training.redaction import HIDDEN, redacted
-from medattn.training.runrecord import METRICS, RunRecord, is_held, read_record
+from medattn.training.runrecord import FILE, METRICS, RunRecord, is_held, read_record
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,12 @@ class Synced:
 
 
 def track(args: Namespace) -> int:
-    """Say what each run's copy lacked; runs that cannot be synced do not stop the others."""
+    """Say what the copy of each run lacked, and of the runs in its folder, as those of a search's trials.
+
+    Runs that cannot be synced do not stop the others.
+    """
     problems = list[str]()
-    for run in args.runs:
+    for run in (one for given in args.runs for one in (given, *_inside(given))):
         try:
             print(f"{run}: {_sentence(sync(run, args.to))}")
         except InputError as error:
@@ -67,6 +70,10 @@ def sync(run: Path, uri: str | None = None) -> Synced:
             "address is right, then run the same command again"
         ) from None
     return Synced(copy.run_id, redacted(uri), +copy.sent, copy.stale, running)
+
+
+def _inside(run: Path) -> list[Path]:
+    return sorted(path.parent for path in run.glob(f"*/{FILE}"))
 
 
 def _uri(run: Path, record: RunRecord) -> str:

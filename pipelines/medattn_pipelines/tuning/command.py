@@ -39,6 +39,9 @@ Workers: run the same command several times, on this machine or, with --storage 
 --trials counts the complete trials of all of them. The trial of a worker that was killed is run again from
 its checkpoint. A search that was stopped goes on with the same command.
 
+MLflow shows the search as one run with a run below it per trial, and the best model is registered at the end;
+run.tracking=false leaves that out.
+
 A password is best left out of the URL: PostgreSQL reads it from ~/.pgpass or PGPASSWORD.
 
 fields of a search space, with their defaults:
@@ -71,8 +74,10 @@ def _tune(search: Search, args: Namespace) -> int:
 
     from medattn.training.redaction import redacted
     from medattn_pipelines.tuning.results import report
-    from medattn_pipelines.tuning.store import open_store
-    from medattn_pipelines.tuning.trials import join_study, requeue, work
+    from medattn_pipelines.tuning.store import open_store, patiently
+    from medattn_pipelines.tuning.study import join_study, requeue
+    from medattn_pipelines.tuning.sweeprecord import SweepRecord
+    from medattn_pipelines.tuning.worker import work
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = args.storage or f"journal:{search.folder / 'study.journal'}"
@@ -83,9 +88,15 @@ def _tune(search: Search, args: Namespace) -> int:
         study = join_study(search, store)
         print(f"study {search.name!r} in {redacted(url)}, runs in {search.folder}", flush=True)
         minutes = args.timeout or search.space.timeout_minutes
-        done = work(search, study, store, trials=args.trials, minutes=minutes)
-        with store.turn():  # workers that end together write the same files
-            report(search, study, redacted(url), done)
+        with SweepRecord(search, study, store) as record:
+            done = work(search, study, store, record, trials=args.trials, minutes=minutes)
+
+            def write_results() -> None:
+                with store.turn():  # workers that end together write the same files
+                    report(search, study, redacted(url), done)
+                    record.finish(done)
+
+            patiently(store, write_results)
     return 2 if done.reason == "SIGINT" else 0
 
 

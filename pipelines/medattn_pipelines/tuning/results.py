@@ -22,7 +22,7 @@ from medattn_pipelines.tuning.space import UNITS
 from medattn_pipelines.tuning.spacefile import Search
 
 if TYPE_CHECKING:
-    from medattn_pipelines.tuning.trials import Done
+    from medattn_pipelines.tuning.worker import Done
 
 STATES = {
     TrialState.COMPLETE: "complete",
@@ -147,12 +147,18 @@ def _constraints(search: Search) -> list[str]:
     return found
 
 
+def _short(paths: list[str]) -> list[str]:
+    """The last parts of dotted paths, for a terminal; the whole path where two end alike."""
+    ends = [path.rpartition(".")[2] for path in paths]
+    return [end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)]
+
+
 def _print(search: Search, result: SearchResult, done: Done) -> None:
     first, direction = next(iter(result.objectives.items()))
     sign = -1 if direction == "maximize" else 1
     complete = [trial for trial in result.trials if trial.state == "complete"]
     ranked = sorted(complete, key=lambda t: (not t.best, not t.feasible, sign * t.measures[first]))
-    columns = ("trial", *map(axis_name, result.objectives), *result.paths)
+    columns = ("trial", *map(axis_name, result.objectives), *_short(result.paths))
     rows = [
         (
             f"{trial.number}{' best' if trial.best else '' if trial.feasible else ' breaks a constraint'}",

@@ -160,7 +160,7 @@ class Practice(Section):
 
 
 class Space(Section):
-    """A search. `tunefile.read_search` reads one from YAML."""
+    """A search. `spacefile.read_search` reads one from YAML."""
 
     base: FilePath | None = Field(default=None, description="Config file that all trials start from")
     config: dict[str, Any] = Field(

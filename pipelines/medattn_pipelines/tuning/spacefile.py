@@ -46,7 +46,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "practice": Practice,
     "constraints": Bound,
 }
-FIXED = ("task", "run.dir", "run.tracking")  # what a trial does not choose
+FIXED = ("task", "run.dir", "run.tracking", "run.experiment", "run.parent")  # what a trial does not choose
 LARGEST_GRID = 10_000
 
 
@@ -67,6 +67,26 @@ class Search:
     def name(self) -> str:
         """Of the study: the file's stem."""
         return self.file.path.stem
+
+    @property
+    def tracking(self) -> bool:
+        """Whether MLflow follows."""
+        return bool(self._run("tracking", True))
+
+    @property
+    def experiment(self) -> str:
+        """MLflow's, of the search and all its trials."""
+        return str(self._run("experiment", self.name))
+
+    @property
+    def parent(self) -> str | None:
+        """Key of the run that the search belongs to."""
+        found = self._run("parent", None)
+        return None if found is None else str(found)
+
+    def _run(self, name: str, default: Any) -> Any:
+        found = (self.base.content.get("run") or {}).get(name)
+        return default if found is None else found
 
     def place(self, *loc: int | str) -> str:
         """`file:line` of a part of the space."""

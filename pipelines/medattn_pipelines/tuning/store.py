@@ -12,15 +12,14 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import re
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -38,20 +37,26 @@ if TYPE_CHECKING:
 WORKER = "worker"  # a trial's attribute: the name of the worker that has it
 GRACE = 3  # heartbeats that may fail to come
 SCHEMES = ("postgresql", "postgres")
-_ACCOUNT = re.compile(r"(://[^:/@]*):(.*)@", re.DOTALL)  # ://user, password
-_PARAMETER = re.compile(r"([?&][^=&]*pass[^=&]*=)([^&#]*)", re.IGNORECASE)
 
 Requeue = Callable[[Study, FrozenTrial], None]
+Result = TypeVar("Result")
 
 
 class Store(Protocol):
-    """A storage with what workers need to know of each other. worker: this one's name."""
+    """A storage with what workers need to know of each other.
+
+    worker: this one's name. patience: for how many seconds it is worth to wait for a storage that is away.
+    """
 
     worker: str
+    patience: float
     storage: BaseStorage
 
-    def turn(self) -> AbstractContextManager[None]:
-        """A context in which no other worker of the study asks for a trial."""
+    def turn(self, at: str = "trials") -> AbstractContextManager[None]:
+        """A context in which no other worker of the study asks for a trial, or is at something else."""
+
+    def away(self, error: Exception) -> bool:
+        """Whether an error says that the storage cannot be reached, as while its server starts again."""
 
     def fail_dead(self, study: Study) -> None:
         """In a turn: fail trials whose workers are gone, and hand each to `requeue`."""
@@ -79,12 +84,6 @@ def open_store(url: str, study: str, *, heartbeat: int, requeue: Requeue) -> Sto
     raise InputError(f"--storage {redacted(url)}: expected journal:FILE or postgresql://USER@HOST/DATABASE")
 
 
-def secrets(url: str) -> list[str]:
-    """What of a URL must not be shown, as it stands there and decoded."""
-    found = [match[2] for match in (*_ACCOUNT.finditer(url), *_PARAMETER.finditer(url)) if match[2]]
-    return [secret for one in found for secret in {one, unquote(one)}]
-
-
 class _JournalLock(JournalFileOpenLock):
     """Optuna's lock of a journal as one that ends with its process.
 
@@ -97,7 +96,8 @@ class _JournalLock(JournalFileOpenLock):
         self._held: int | None = None
 
     def acquire(self) -> bool:
-        self._held = _locked(self._path.with_name(self._path.name + ".lock"))
+        # not the .lock of optuna-dashboard, which takes one that is there for a dead process's and removes it
+        self._held = _locked(self._path.with_name(self._path.name + ".writing"))
         with self._path.open("rb+") as file:
             content = file.seek(0, os.SEEK_END)
             if content:
@@ -140,6 +140,8 @@ def held(path: Path) -> Iterator[None]:
 class JournalStore:
     """A file, for the workers of one machine. Beside it lie lock files."""
 
+    patience = 0.0
+
     def __init__(self, path: Path, requeue: Requeue) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._requeue = path, requeue
@@ -157,10 +159,14 @@ class JournalStore:
             raise InputError(f"{path}: not a journal of studies ({error}); give another --storage") from None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, at: str = "trials") -> Iterator[None]:
         """See Store."""
-        with held(self._path.with_name(self._path.name + ".turn")):
+        with held(self._path.with_name(f"{self._path.name}.{at}")):
             yield
+
+    def away(self, error: Exception) -> bool:
+        """See Store; a file fails as other files do."""
+        return False
 
     def fail_dead(self, study: Study) -> None:
         """See Store."""
@@ -188,7 +194,7 @@ class JournalStore:
         yield
 
     def outages(self) -> AbstractContextManager[None]:
-        """See Store; a file fails as other files do."""
+        """See Store."""
         return nullcontext()
 
     def close(self) -> None:
@@ -207,11 +213,10 @@ class PostgresStore:
                     f"--storage {redacted(url)}: needs the package {package}; "
                     'install it with `pip install "psycopg[binary]" sqlalchemy`'
                 )
-        self._url, self._requeue, self._heartbeat = url, requeue, heartbeat
+        self._url, self._study, self._requeue, self._heartbeat = url, study, requeue, heartbeat
+        self.patience = float(GRACE * heartbeat)  # then the others run its trial anyhow
         self.worker = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         address = "postgresql+psycopg:" + url.partition(":")[2]
-        digest = hashlib.sha256(f"medattn tune {study}".encode()).digest()
-        self._key = int.from_bytes(digest[:8], "big", signed=True)
         with self.outages(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self._engine = self._connect(address)
@@ -242,21 +247,28 @@ class PostgresStore:
         except (SQLAlchemyError, ArgumentError, optuna.exceptions.StorageInternalError) as error:
             text = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()
             reason = text[0] if text else type(error).__name__
-            for secret in secrets(self._url):
-                reason = reason.replace(secret, "***")
-            raise InputError(f"--storage {redacted(self._url)}: {reason}") from None
+            raise InputError(f"--storage {redacted(self._url)}: {redacted(reason, self._url)}") from None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, at: str = "trials") -> Iterator[None]:
         """See Store; PostgreSQL takes the lock back when the connection ends."""
         from sqlalchemy import text
 
+        digest = hashlib.sha256(f"medattn tune {self._study} {at}".encode()).digest()
+        lock = {"key": int.from_bytes(digest[:8], "big", signed=True)}
         with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": self._key})
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), lock)
             try:
                 yield
             finally:
-                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": self._key})
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), lock)
+
+    def away(self, error: Exception) -> bool:
+        """See Store."""
+        from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
+
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        return isinstance(cause, InterfaceError | OperationalError | PendingRollbackError)
 
     def fail_dead(self, study: Study) -> None:
         """See Store."""
@@ -300,6 +312,23 @@ def _unheard() -> Iterator[None]:
         yield
     except (SQLAlchemyError, optuna.exceptions.OptunaError):
         return
+
+
+def patiently(store: Store, call: Callable[[], Result]) -> Result:
+    """The call's result; called again until the storage is there, for as long as the store has patience."""
+    until: float | None = None
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not store.away(error):
+                raise
+            if until is None:
+                until = time.monotonic() + store.patience
+                print(f"the storage is away; waiting {store.patience:.0f} s for it", flush=True)
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
 
 
 def fail(study: Study, trial: FrozenTrial, requeue: Requeue) -> None:

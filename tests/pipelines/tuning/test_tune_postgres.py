@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -49,11 +50,38 @@ def _program(name: str) -> str:
     return found
 
 
+class Cluster:
+    """PostgreSQL on loopback. account: who runs it, None for this user."""
+
+    def __init__(self, folder: Path, account: str | None) -> None:
+        self.folder, self._account = folder, account
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"postgresql://anna:s3cr3t%2Fof%40anna@127.0.0.1:{self.port}/postgres"
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [_program("postgres"), "-D", str(self.folder / "data"), "-h", "127.0.0.1"]
+        command += ["-p", str(self.port), "-k", str(self.folder), "-F"]
+        with (self.folder / "log").open("ab") as log:
+            self._server = subprocess.Popen(command, stdout=log, stderr=log, user=self._account, cwd="/")
+        _wait_for_server(self.port, self._server, self.folder / "log")
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """SIGQUIT is `pg_ctl stop -m immediate`: no connection ends well."""
+        if self._server is not None:
+            self._server.send_signal(how)
+            self._server.wait(60)
+            self._server = None
+
+
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[str]:
-    """The URL of a temporary cluster on loopback, with a password; root starts it as another user."""
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A temporary cluster that runs, with a password; root starts it as another user."""
     pytest.importorskip("psycopg", reason='needs `pip install "psycopg[binary]"`')
-    initdb, postgres = _program("initdb"), _program("postgres")
+    initdb = _program("initdb")
     account = None
     if os.geteuid() == 0:
         known = [name for name in ("postgres", "nobody") if _exists(name)]
@@ -73,19 +101,19 @@ def database(tmp_path: Path) -> Iterator[str]:
         [initdb, "--pgdata", data, *arguments, "--no-sync"],
         check=True, capture_output=True, user=account, cwd="/",
     )  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [postgres, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-F"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, user=account, cwd="/")
+    made = Cluster(folder, account)
     try:
-        _wait_for_server(port, server, folder / "log")
-        yield f"postgresql://anna:s3cr3t%2Fof%40anna@127.0.0.1:{port}/postgres"
+        made.start()
+        yield made
     finally:
-        server.send_signal(signal.SIGINT)  # a fast shutdown
-        server.wait(60)
+        made.stop(signal.SIGINT)  # a fast shutdown
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database(cluster: Cluster) -> str:
+    """Its URL."""
+    return cluster.url
 
 
 def _exists(account: str) -> bool:
@@ -206,3 +234,66 @@ def test_a_wrong_password_is_a_sentence_without_it(database: str, tmp_path: Path
         open_store(wrong, "shared", heartbeat=60, requeue=lambda study, trial: None)
     assert "wr0ng" not in str(error.value)
     assert "anna:***@127.0.0.1" in str(error.value)
+
+
+def _steps(run: Path) -> list[int]:
+    """Of the training that stand in its journal."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if '"loss"' in line]
+
+
+def _wait_for_steps(run: Path, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 240
+    while len(_steps(run)) < count:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_training_outlives_the_database_and_its_result_arrives(cluster: Cluster, tmp_path: Path) -> None:
+    """The first trial sees the server restart; in the second one it stays away until the worker gives up."""
+    write_phantoms(tmp_path / "cases", cases=3, size=32, seed=1)
+    space, log, study = tmp_path / "shared.yaml", tmp_path / "log", tmp_path / "study"
+    text = SPACE.format(root=tmp_path / "cases", run=study).replace("steps: 40", "steps: 100")
+    space.write_text(text.replace("trials: 10", "trials: 2"))
+    command = [sys.executable, "-m", "medattn_pipelines.cli", "tune", str(space)]
+    command += ["--storage", cluster.url, "--heartbeat", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        first, second = study / "trial_0000", study / "trial_0001"
+        _wait_for_steps(first, 10, worker, log)
+        cluster.stop()
+        _wait_for_steps(first, 65, worker, log)  # past three validations, of which the study hears nothing
+        cluster.start()
+        _wait_for_steps(second, 30, worker, log)
+        (done,) = (trial for trial in _state(cluster.url) if trial.state == TrialState.COMPLETE)
+        assert sorted(done.intermediate_values) == [20, 40, 60, 80, 100]
+        cluster.stop()
+        assert worker.wait(240) == 2, log.read_text()
+    finally:
+        worker.kill()
+    told = log.read_text()
+    assert "the storage is away; waiting 6 s for it" in told
+    assert told.splitlines()[-1].startswith(("error: --storage postgresql://anna:***@", "medattn"))
+    assert "Traceback" not in told
+    assert "s3cr3t" not in told
+    assert _steps(second) == list(range(1, 101))
+    assert (second / "checkpoints/last").is_dir()
+
+    cluster.start()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode == 0, again.stderr
+    trials = _state(cluster.url)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert trials[2].params == trials[1].params
+    lines = [json.loads(line) for line in (study / "trial_0002/metrics.jsonl").read_text().splitlines()]
+    scores = [line["validation_dice"] for line in lines if "validation_dice" in line]
+    assert len(scores) == 5
+    assert trials[2].values == [max(scores)]
+    assert _steps(study / "trial_0002") == list(range(1, 101))
+    assert not second.exists()

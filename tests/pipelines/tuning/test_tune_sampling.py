@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,4 +227,19 @@ def test_a_worker_that_is_killed_holding_every_lock_holds_nobody_up(tmp_path: Pa
         store.fail_dead(study)
     assert handed == [0]
     assert study.trials[0].state == TrialState.FAIL
+    store.close()
+
+
+def test_a_dashboard_that_writes_a_note_finds_no_lock_in_its_way(tmp_path: Path) -> None:
+    """Optuna's own lock is a link `.lock`: of a file of that name it would wait 30 s, and then remove it."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    store = JournalStore(tmp_path / "journal", lambda study, trial: None)
+    study = optuna.create_study(storage=store.storage, study_name="a")
+    begun = time.monotonic()
+    dashboard = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
+    optuna.load_study(storage=dashboard, study_name="a").set_user_attr("note", "text")
+    assert time.monotonic() - begun < 20
+    assert study.user_attrs["note"] == "text"
     store.close()
