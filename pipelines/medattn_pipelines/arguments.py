@@ -73,6 +73,10 @@ A password belongs into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. O
 is shown as user:***@ in all that is written. How busy the machine is, is recorded where the packages
 psutil (processor, memory, disk, network) and nvidia-ml-py (GPUs) are installed."""
 
+PREDICT_NOTES = """\
+Many GPUs: torchrun --nproc-per-node 4 $(which medattn) predict MODEL INPUT... --output DIR
+The processes share the cases and write the same files as one process."""
+
 TUNE_EXAMPLES = (
     "medattn tune configs/tune/demo.yaml",
     "medattn tune configs/tune/learning.yaml data.root=data/hn_ct --trials 30",

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from medattn.errors import InputError
-from medattn_pipelines import arguments, reproduction
-
-if TYPE_CHECKING:
-    from medattn_pipelines.configfile import AnyConfig
-    from medattn_pipelines.imageconfig import ImageConfig
-    from medattn_pipelines.panopticconfig import PanopticConfig
+from medattn_pipelines import arguments, reproduction, training
 
 
 @dataclass(frozen=True)
@@ -70,81 +63,16 @@ def check(args: Namespace) -> int:
     return checking.check(args)
 
 
-def train(args: Namespace) -> int:
-    """Train; 0 also when SIGTERM ended it, which is how a scheduler asks, and 2 when Ctrl-C did."""
-    from medattn_pipelines.configfile import load_any
-
-    try:
-        config = load_any(args.config, args.overrides)  # before torch is imported: a typo shows at once
-    except InputError:
-        # torchrun's variable, asked without torch, whose import takes longer than finding a typo
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(2) from None  # another process of this machine says the same
-        raise
+def predict(args: Namespace) -> int:
+    """Segment volumes, classify images or segment them: what the model does."""
     from medattn.training.distributed import joined
     from medattn_pipelines.runs import choose_device
 
-    with joined(choose_device(config.training.device)) as processes:  # torchrun's, of which one prints
-        code = _train_by_task(config, args)
-        return code if processes.main else 0
+    with joined(choose_device(args.device)):  # torchrun's processes, of which one prints
+        return _predict_by_task(args)
 
 
-def _train_by_task(config: AnyConfig, args: Namespace) -> int:
-    if config.task == "classification":
-        return _train_images(config, args)
-    if config.task == "panoptic":
-        return _train_panoptic(config, args)
-    from medattn_pipelines.progress import print_scores
-    from medattn_pipelines.volumes import train as train_volumes
-
-    done = train_volumes(config, resume=args.resume, overwrite=args.overwrite)
-    if done.evaluation is None:
-        return _stopped(done.reason, done.step)
-    print_scores("Validation cases", done.evaluation.summary)
-    print(f"segmentations: {done.run / 'predictions'} (.nii.gz, and .seg.nrrd for 3D Slicer)")
-    print(f"model:         {done.run / 'model'}")
-    print(f"report:        {done.run / 'report' / 'report.html'}")
-    return 0
-
-
-def _train_images(config: ImageConfig, args: Namespace) -> int:
-    from medattn_pipelines.classification import train as train_images
-    from medattn_pipelines.image_evaluation import print_summary, print_unreadable
-
-    done = train_images(config, resume=args.resume, overwrite=args.overwrite)
-    print_unreadable("training images that cannot be decoded and were replaced", done.skipped)
-    if done.evaluation is None:
-        return _stopped(done.reason, done.step)
-    print_summary("Validation images", done.evaluation)
-    print(f"predictions: {done.run / 'predictions' / 'predictions.csv'}")
-    print(f"model:       {done.run / 'model'}")
-    print(f"report:      {done.run / 'report' / 'report.html'}")
-    return 0
-
-
-def _train_panoptic(config: PanopticConfig, args: Namespace) -> int:
-    from medattn_pipelines.image_evaluation import print_unreadable
-    from medattn_pipelines.panoptic import train as train_panoptic
-    from medattn_pipelines.panoptic_evaluation import print_summary
-
-    done = train_panoptic(config, resume=args.resume, overwrite=args.overwrite)
-    print_unreadable("training images that cannot be used and were replaced", done.skipped)
-    if done.evaluation is None:
-        return _stopped(done.reason, done.step)
-    print_summary("Validation images", done.evaluation)
-    print(f"predictions: {done.run / 'predictions' / 'predictions.json'} (pictures in overlays/ beside it)")
-    print(f"model:       {done.run / 'model'}")
-    print(f"report:      {done.run / 'report' / 'report.html'}")
-    return 0
-
-
-def _stopped(reason: str, step: int) -> int:
-    print(f"stopped by {reason} at step {step}; the same command with --resume continues it")
-    return 0 if reason == "SIGTERM" else 2
-
-
-def predict(args: Namespace) -> int:
-    """Segment volumes, classify images or segment them: what the model does."""
+def _predict_by_task(args: Namespace) -> int:
     from medattn.modelfolder import CLASSIFICATION, PANOPTIC, model_task
 
     task = model_task(args.model)
@@ -264,18 +192,6 @@ def _tune_notes() -> str:
     return notes()
 
 
-def _train_notes() -> str:
-    from medattn_pipelines.configfile import explain
-
-    return (
-        "Ctrl-C or SIGTERM saves a checkpoint and stops; --resume continues from it.\n\n"
-        "Many GPUs: torchrun --nproc-per-node 4 $(which medattn) train CONFIG ...\n"
-        "The processes share the batch of the config, so that a run means the same with any number of\n"
-        "them, and --resume may take another number. torchrun's own options are for many machines.\n\n"
-        f"fields of a config, with their defaults:\n{explain()}"
-    )
-
-
 IMPORT_KINDS = """\
 kinds:
   nifti    a folder per patient: image.nii.gz with label.nii.gz, or with one mask file per organ
@@ -323,8 +239,8 @@ COMMANDS = {
             "medattn train configs/hn_ct.yaml --resume",
         ),
         arguments.train,
-        train,
-        _train_notes,
+        training.train,
+        training.notes,
     ),
     "predict": Command(
         "Segment volumes with a trained model, on their own grids.",
@@ -334,6 +250,7 @@ COMMANDS = {
         ),
         arguments.predict,
         predict,
+        lambda: arguments.PREDICT_NOTES,
     ),
     "evaluate": Command(
         "Compare predictions with references: overlap and distances of organs, accuracy of classes, panoptic "

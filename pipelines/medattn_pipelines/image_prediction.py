@@ -17,8 +17,8 @@ from medattn.data.images.folder import SUFFIXES
 from medattn.data.images.reading import Skipped
 from medattn.data.images.sampling import EvaluationImages, ImageBatch
 from medattn.errors import InputError
-from medattn.training.distributed import ALONE, Processes
-from medattn_pipelines.prediction_table import BEST, Prediction, write_predictions
+from medattn.training.distributed import ALONE, Processes, joined
+from medattn_pipelines.prediction_table import BEST, TABLE, Prediction, write_predictions
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision
 
@@ -108,19 +108,28 @@ class _Files:
 def predict(model: Path, inputs: Sequence[Path], output: Path, *, device: str = "auto") -> Path:
     """Classify image files and all images below folders; returns the table, `predictions.csv` in output.
 
-    An image that cannot be read does not stop the others; all such raise one InputError at the end.
+    Under torchrun the processes share the images. One that cannot be read does not stop the others; all such
+    raise one InputError at the end.
     """
-    card, network = load_classifier(model)
-    chosen = choose_device(device)
-    classifier = Classifier(card, network, chosen, choose_precision("auto", chosen))
-    files = _Files(find_images(inputs), card.classes)
-    images = EvaluationImages(files, card.view, BATCH, unreadable_limit=len(files))
-    with case_progress("Classifying", len(files)) as on_image:
-        rows = list(classifier.predictions(images, on_image))
-    table = write_predictions(output, rows, card.classes)
-    if classifier.skipped:
-        raise InputError(*(f"{image.name}: {image.reason}" for image in classifier.skipped))
-    return table
+    with joined(choose_device(device)) as processes:
+        card, network = load_classifier(model)
+        precision = choose_precision("auto", processes.device)
+        classifier = Classifier(card, network, processes.device, precision)
+        paths = find_images(inputs)
+        # whole batches: what a network computes of an image may depend in the last bit on those beside it
+        firsts = range(BATCH * processes.rank, len(paths), BATCH * processes.world)
+        files = _Files([path for first in firsts for path in paths[first : first + BATCH]], card.classes)
+        images = EvaluationImages(files, card.view, BATCH, unreadable_limit=len(files))
+        with case_progress("Classifying", len(files), processes=processes.world) as on_image:
+            rows = {row[0]: row for row in classifier.predictions(images, on_image)}
+        order = [str(path) for path in paths]
+        predictions = processes.collected(rows, order)
+        if processes.main:
+            write_predictions(output, predictions, card.classes)
+        problems = {image.name: f"{image.name}: {image.reason}" for image in classifier.skipped}
+        if failed := processes.collected(problems, order):
+            raise InputError(*failed)
+        return output / TABLE
 
 
 def find_images(inputs: Sequence[Path]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from medattn.metrics.panoptic_quality import ClassCounts, add_up, class_quality,
 from medattn.panoptic import Annotation, ImageRecord, PanopticOutput, Segment
 from medattn.panoptic_segmenter import PanopticCard, load_panoptic
 from medattn.report.panoptic_overlay import overlay
-from medattn.training.distributed import ALONE, Processes
+from medattn.training.distributed import ALONE, Processes, joined
 from medattn_pipelines.image_prediction import find_images
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision
@@ -39,6 +39,7 @@ PREDICTIONS, OVERLAYS = "predictions", "overlays"  # JSON and folder of PNGs; fo
 CITYSCAPES = "_leftImg8bit"  # ends the names of its images, not their ids
 
 Ids = npt.NDArray[np.int32]
+Described = tuple[Annotation, ImageRecord]  # of one image, for the JSON file
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -115,58 +116,83 @@ def predict(model: Path, inputs: Sequence[Path], output: Path, *, device: str = 
     """Segment image files and all images below folders; returns the JSON file, `predictions.json` in output.
 
     The PNGs with segment ids are in predictions/ beside it, pictures for people in overlays/. Images are
-    taken as they are stored, like the labels of the data sets: EXIF orientation is not applied. An image that
-    cannot be read does not stop the others; all such raise one InputError at the end.
+    taken as they are stored, like the labels of the data sets: EXIF orientation is not applied. The
+    processes of torchrun share the images. One that cannot be read does not stop the others; all such raise
+    one InputError at the end.
     """
-    card, network = load_panoptic(model)
-    chosen = choose_device(device)
-    segmenter = PanopticSegmenter(card, network, chosen, choose_precision("auto", chosen))
-    paths = find_images(inputs)
-    _require_distinct(paths)
-    images = {image_id(path): path for path in paths}
-    with case_progress("Segmenting", len(paths)) as on_image:
-        json, problems = write_predictions(segmenter, images, output, on_image)
-    if problems:
-        raise InputError(*problems)
-    return json
+    with joined(choose_device(device)) as processes:
+        card, network = load_panoptic(model)
+        precision = choose_precision("auto", processes.device)
+        segmenter = PanopticSegmenter(card, network, processes.device, precision)
+        paths = find_images(inputs)
+        _require_distinct(paths)
+        images = {image_id(path): path for path in paths}
+        mine = len(paths[processes.rank :: processes.world])
+        with case_progress("Segmenting", mine, processes=processes.world) as on_image:
+            json, problems = write_predictions(segmenter, images, output, on_image, processes)
+        if problems:
+            raise InputError(*problems)
+        return json
 
 
 def write_predictions(
     segmenter: PanopticSegmenter,
-    images: dict[int | str, Path],
+    images: Mapping[int | str, Path],
     output: Path,
     on_image: Callable[[str], object],
+    processes: Processes = ALONE,
 ) -> tuple[Path, list[str]]:
-    """Segment images, by their ids, and write JSON, PNGs and overlays; returns the JSON and what failed."""
-    card, problems = segmenter.card, list[str]()
-    annotations, records = list[Annotation](), list[ImageRecord]()
+    """Segment images, by their ids, and write JSON, PNGs and overlays; returns the JSON and what failed.
 
-    def read(path: Path) -> tuple[Image.Image, Viewed] | InputError:
+    The processes share the images, and get the same answer.
+    """
+    card, json = segmenter.card, output / f"{PREDICTIONS}.json"
+    done, problems = dict[int | str, Described](), dict[int | str, Sequence[str]]()
+
+    def read(number: int | str) -> tuple[Image.Image, Viewed] | InputError:
         try:
-            image = read_image(path)
+            image = read_image(images[number])
         except InputError as error:
             return error
         return image, card.view(image)
 
-    json = output / f"{PREDICTIONS}.json"
-    found = _ahead(read, images.values(), segmenter.workers)
+    def write(described: Sequence[Described]) -> None:
+        if processes.main:
+            annotations, records = [one[0] for one in described], [one[1] for one in described]
+            write_panoptic(json, annotations, images=records, categories=card.categories)
+
+    mine = list(images)[processes.rank :: processes.world]
     try:
-        for (number, path), item in zip(images.items(), found, strict=True):
+        for number, item in zip(mine, _ahead(read, mine, segmenter.workers), strict=True):
             if isinstance(item, InputError):
-                problems += item.problems
+                problems[number] = item.problems
                 continue
-            image, viewed = item
-            ids, segments = segmenter(viewed)
-            name = f"{path.stem}.png"
-            write_ids(output / PREDICTIONS / name, ids)
-            picture = overlay(image, ids, segments, card.categories)
-            _write_picture(output / OVERLAYS / f"{path.stem}.jpg", picture)
-            annotations.append(Annotation(number, name, segments))
-            records.append(ImageRecord(number, path.name, *ids.shape))
-            on_image(str(path))
-    finally:  # what is done stays of use when memory runs out or somebody interrupts
-        write_panoptic(json, annotations, images=records, categories=card.categories)
-    return json, problems
+            done[number] = _write_image(segmenter, number, images[number], *item, output)
+            on_image(str(images[number]))
+        described = processes.collected(done, images)
+    except BaseException:  # what is done stays of use when memory runs out or somebody interrupts
+        write(list(done.values()))
+        raise
+    write(described)
+    failed = processes.collected(problems, images)
+    return json, [problem for of_image in failed for problem in of_image]
+
+
+def _write_image(
+    segmenter: PanopticSegmenter,
+    number: int | str,
+    path: Path,
+    image: Image.Image,
+    viewed: Viewed,
+    output: Path,
+) -> Described:
+    """Segment one image and write its PNG and overlay."""
+    ids, segments = segmenter(viewed)
+    name = f"{path.stem}.png"
+    write_ids(output / PREDICTIONS / name, ids)
+    picture = overlay(image, ids, segments, segmenter.card.categories)
+    _write_picture(output / OVERLAYS / f"{path.stem}.jpg", picture)
+    return Annotation(number, name, segments), ImageRecord(number, path.name, *ids.shape)
 
 
 def image_id(path: Path) -> int | str:

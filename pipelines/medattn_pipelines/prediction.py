@@ -17,7 +17,8 @@ from medattn.errors import InputError
 from medattn.export.slicer import write_seg_nrrd
 from medattn.io import Volume, read_volume, write_volume
 from medattn.io.volume import SUFFIXES, volume_stem
-from medattn.segmenter import Segmenter, load_model
+from medattn.segmenter import ModelCard, Segmenter, load_model
+from medattn.training.distributed import ALONE, Processes, joined
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.runs import choose_device, choose_precision
 
@@ -28,71 +29,92 @@ def predict(
     """Segment volumes on their own grids: `<case>.nii.gz` each, `labels.json` and a manifest `report.json`.
 
     inputs: volume files, case folders, or folders of either. export: formats written beside each label map.
-    Raises InputError for inputs that cannot be read or that would get the same name.
+    Under torchrun the processes share the volumes. Raises InputError for inputs that cannot be read or that
+    would get the same name.
     """
-    volumes = find_volumes(inputs)
-    chosen = choose_device(device)
-    card, network = load_model(model)
-    segmenter = Segmenter(card, network, chosen, choose_precision("auto", chosen))
-    segment_all(segmenter, volumes, output, export=export)
+    with joined(choose_device(device)) as processes:
+        volumes = find_volumes(inputs)
+        card, network = load_model(model)
+        precision = choose_precision("auto", processes.device)
+        segmenter = Segmenter(card, network, processes.device, precision)
+        segment_all(segmenter, volumes, output, export=export, processes=processes)
 
 
 def segment_all(
-    segmenter: Segmenter, volumes: Mapping[str, Path], output: Path, *, export: Sequence[str] = ()
+    segmenter: Segmenter,
+    volumes: Mapping[str, Path],
+    output: Path,
+    *,
+    export: Sequence[str] = (),
+    processes: Processes = ALONE,
 ) -> None:
     """Segment named volumes into a folder, with `labels.json` and a manifest `report.json`.
 
-    A volume that cannot be read does not stop the others; all such problems raise one InputError at the end.
+    The processes share the volumes. One that cannot be read does not stop the others; all such problems raise
+    one InputError at the end, in every process.
     """
-    card = segmenter.card
     sources = {path.resolve() for path in volumes.values()}
     if lost := [name for name in volumes if (output / f"{name}.nii.gz").resolve() in sources]:
         raise InputError(
             f"{output}: the result for {', '.join(lost)} would replace its own scan; choose another --output"
         )
-    names = {value: name for value, name in card.labels.items() if name in card.organs}
     output.mkdir(parents=True, exist_ok=True)
-    write_labels(output / "labels.json", names)
-    manifest: list[dict[str, Any]] = []
-    problems: list[str] = []
-    with case_progress("Segmenting", len(volumes)) as on_case:
-        for name, path in volumes.items():
+    if processes.main:
+        write_labels(output / "labels.json", _names(segmenter.card))
+    rows, problems = dict[str, dict[str, Any]](), dict[str, list[str]]()
+    mine = list(volumes)[processes.rank :: processes.world]
+    with case_progress("Segmenting", len(mine), processes=processes.world) as on_case:
+        for name in mine:
+            path = volumes[name]
             begun = time.perf_counter()
             try:
                 volume = read_volume(path)
                 labels = segmenter.segment(volume)
             except InputError as error:
-                problems += [p if str(path) in p else f"{path}: {p}" for p in error.problems]
+                problems[name] = [p if str(path) in p else f"{path}: {p}" for p in error.problems]
                 continue
-            write_volume(output / f"{name}.nii.gz", Volume(labels, volume.geometry))
-            if "seg.nrrd" in export:
-                organs = {value: card.organs[organ] for value, organ in names.items()}
-                write_seg_nrrd(output / f"{name}.seg.nrrd", labels, volume.geometry, organs)
-            seconds = round(time.perf_counter() - begun, 2)
-            size, spacing_mm = volume.geometry.size, volume.geometry.spacing_mm()
-            manifest.append(
-                {
-                    "case": name,
-                    "source": str(path),
-                    "size": size,
-                    "spacing_mm": spacing_mm,
-                    "seconds": seconds,
-                }
-            )
+            _write(Volume(labels, volume.geometry), output / name, segmenter.card, export)
+            rows[name] = {
+                "case": name,
+                "source": str(path),
+                "size": volume.geometry.size,
+                "spacing_mm": volume.geometry.spacing_mm(),
+                "seconds": round(time.perf_counter() - begun, 2),
+            }
             on_case(name)
+    _write_manifest(segmenter, output, processes.collected(rows, volumes), processes)
+    if failed := processes.collected(problems, volumes):
+        raise InputError(*(problem for of_case in failed for problem in of_case))
+
+
+def _write(labels: Volume, path: Path, card: ModelCard, export: Sequence[str]) -> None:
+    """A label map, and its exports beside it. path: without suffix."""
+    write_volume(path.with_name(f"{path.name}.nii.gz"), labels)
+    if "seg.nrrd" in export:
+        organs = {value: card.organs[organ] for value, organ in _names(card).items()}
+        write_seg_nrrd(path.with_name(f"{path.name}.seg.nrrd"), labels.array, labels.geometry, organs)
+
+
+def _names(card: ModelCard) -> dict[int, str]:
+    return {value: name for value, name in card.labels.items() if name in card.organs}
+
+
+def _write_manifest(
+    segmenter: Segmenter, output: Path, cases: Sequence[Mapping[str, Any]], processes: Processes
+) -> None:
     content: dict[str, Any] = {
         "medattn": __version__,
         "torch": torch.__version__,
-        "device": str(segmenter.device),
+        "device": segmenter.device.type,
         "precision": str(segmenter.precision).removeprefix("torch."),
-        "network": card.network,
-        "cases": manifest,
+        "network": segmenter.card.network,
+        "cases": cases,
     }
     if segmenter.device.type == "cuda":
-        content["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(segmenter.device)
-    write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
-    if problems:
-        raise InputError(*problems)
+        peak = torch.cuda.max_memory_allocated(segmenter.device)
+        content["gpu_peak_bytes"] = int(processes.largest(peak)[0])
+    if processes.main:
+        write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
 
 
 def find_volumes(inputs: Sequence[Path]) -> dict[str, Path]:

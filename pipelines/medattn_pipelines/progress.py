@@ -57,10 +57,15 @@ def case_progress(
     title: str,
     total: int | None = None,
     *,
+    processes: int = 1,
     console: Console | None = None,
     plain_seconds: float = PLAIN_SECONDS,
 ) -> Iterator[Tick]:
-    """Counts cases; `total` is None where nobody knows yet. Threads may call what it yields."""
+    """Counts cases; `total` is None where nobody knows yet. Threads may call what it yields.
+
+    processes: how many share the cases, each counting its own; the first one shows.
+    """
+    title = title if processes == 1 else f"{title} (first of {processes} processes)"
     with _progress(title, total, console, plain_seconds) as show:
         count, known, lock = 0, total, Lock()
 
