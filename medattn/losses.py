@@ -58,7 +58,9 @@ def soft_dice(probabilities: Tensor, labels: Tensor, drawn: Tensor, total: Total
 def dice_cross_entropy(logits: Tensor, labels: Tensor, drawn: Tensor, total: Total = alone) -> Tensor:
     """1 - soft Dice + cross entropy, both on the marginal distribution of `merge_undrawn`, in float32."""
     log_p = merge_undrawn(logits.float(), drawn).log_softmax(1)
-    return 1 - soft_dice(log_p.exp(), labels, drawn, total) + F.nll_loss(log_p, labels.long())
+    # torch's own mean adds in any order on CUDA
+    cross_entropy = F.nll_loss(log_p, labels.long(), reduction="none").mean()
+    return 1 - soft_dice(log_p.exp(), labels, drawn, total) + cross_entropy
 
 
 def segmentation_loss(

@@ -267,7 +267,7 @@ CLOCKS = {  # time.time may jump; what these write is for people, and decides no
     "medattn/training/tracking.py": 1,
     "medattn/training/runrecord.py": 1,
     "medattn/training/system_metrics.py": 1,
-    "pipelines/medattn_pipelines/tuning/trials.py": 1,
+    "pipelines/medattn_pipelines/tuning/worker.py": 1,
 }
 
 

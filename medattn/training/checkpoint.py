@@ -7,7 +7,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,42 @@ from torch.optim.swa_utils import AveragedModel
 from medattn.atomic import replaced_folder, restore_folder
 from medattn.errors import InputError
 from medattn.training.checkpoint_reading import PlainPlanner, PlainReader
+from medattn.training.distributed import ALONE, Processes
 from medattn.training.loop import State
+from medattn.training.sharding import is_sharded
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, averaged: AveragedModel, optimizer: torch.optim.Optimizer, state: State
+    folder: Path,
+    model: nn.Module,
+    averaged: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    processes: Processes = ALONE,
 ) -> None:
     """Write model, averaged weights, optimizer, random state and position; atomic, also against a full disk.
 
-    The format is torch's distributed checkpoint, which other world sizes can read.
+    All processes call it. What is sharded is written by all, each its share; else by the main one. Buffers,
+    random state and position are the main one's. The format is torch's distributed checkpoint, which any
+    number of processes can read, sharded or not.
     """
+    sharded = is_sharded(model)
+    if not (sharded or processes.main):
+        return
+    writers = processes if sharded else ALONE
+    for module in (model, averaged):
+        writers.share_buffers(module)
+    content = _content(model, averaged, optimizer, state)
+    if not processes.main:
+        content = {name: content[name] for name in ("model", "optimizer", "averaged")}
     try:
-        with replaced_folder(folder) as building, _alone():
-            save(_content(model, averaged, optimizer, state), checkpoint_id=building, no_dist=True)
+        with _building(folder, writers) as building, _alone():
+            save(
+                content,
+                checkpoint_id=building,
+                process_group=writers.control,
+                no_dist=writers.control is None,
+            )
     except (OSError, CheckpointException) as error:
         raise InputError(
             f"{folder}: checkpoint of step {state.step} could not be written ({_cause(error)}); "
@@ -67,6 +90,14 @@ def load_checkpoint(
     torch.set_rng_state(content["random"])
     for name, value in json.loads(content["state"]).items():
         setattr(state, name, value)
+
+
+@contextmanager
+def _building(folder: Path, writers: Processes) -> Iterator[Path]:
+    """A folder that takes the place of `folder` when the block ends well in the main process."""
+    with ExitStack() as stack:
+        building = stack.enter_context(replaced_folder(folder)) if writers.main else folder
+        yield writers.gathered(building)[0]
 
 
 @contextmanager

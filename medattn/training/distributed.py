@@ -1,13 +1,15 @@
 """The processes of one training, as torchrun starts them: who they are, what they agree on, how they end.
 
-Every process trains on its share of each batch, and gradients are averaged (DistributedDataParallel). The
-first process is `main`: it alone writes and speaks.
+Every process trains on its share of each batch, and gradients are averaged: by DistributedDataParallel, or by
+FSDP2 where `sharding` has left each process a share of the weights. The first process is `main`: it speaks,
+and it alone writes what is not shared out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,11 @@ from medattn.errors import InputError
 # one process may prepare data or write a report for hours while the others wait; one that died is noticed
 # at once by its closed connection, and torchrun ends the others
 WAIT = timedelta(days=7)
+
+K = TypeVar("K")
+# of gradients that are sent together. Torch's 25 hold most of a network of 30 MB, and are full when the
+# backward pass ends, which then hides nothing (docs/scaling.md)
+BUCKET_MIB = 5
 
 T = TypeVar("T")
 
@@ -76,12 +84,15 @@ class Processes:
         """The largest of each number over the processes."""
         return self._reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.MAX)
 
-    def mean(self, number: float) -> float:
-        """Mean over the processes, in float64."""
-        if self.world == 1:
-            return number
-        sums = self._reduced(torch.tensor([number], dtype=torch.float64), dist.ReduceOp.SUM)
-        return float(sums[0]) / self.world
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes in float64, by the way that gradients take.
+
+        Quicker than the others, which go from CPU to CPU, but NCCL waits for minutes only.
+        """
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def gathered(self, item: T) -> list[T]:
         """What each process gives, in the order of ranks."""
@@ -91,15 +102,21 @@ class Processes:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def collected(self, found: Mapping[K, T], order: Iterable[K]) -> list[T]:
+        """What the processes found, of one key each, in an order of keys; some may stand for nothing."""
+        everything = {key: value for share in self.gathered(found) for key, value in share.items()}
+        return [everything[key] for key in order if key in everything]
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network with gradients that are means over the processes; it starts as the main process's.
 
-        Its buffers, such as batch norm's running statistics, are the main process's at each forward pass.
+        Its buffers, such as batch norm's running statistics, are the main process's at each forward pass. A
+        network that is sharded sees to its gradients itself.
         """
-        if self.world == 1:
+        if self.world == 1 or _set_gradient_sync(network) is not None:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices)
+        return DistributedDataParallel(network, device_ids=devices, bucket_cap_mb=BUCKET_MIB)
 
     def share_buffers(self, module: nn.Module) -> None:
         """Make the buffers those of the main process, so that all evaluate the model that it would save."""
@@ -137,6 +154,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if world == 1:
         yield Processes(device)
         return
+    store = _emptied(store, rank, world)
     processes = _start(own_device(device), store, rank, world)
     token, whole = _JOINED.set(processes), False
     try:
@@ -149,12 +167,12 @@ def joined(device: torch.device) -> Iterator[Processes]:
             processes.wait()
         whole = True
     except BaseException as error:
-        if store.add("failed", 1) > 1:
+        if not _first_to_fail(store):
             raise SystemExit(2) from None
         if _lost(error):
             raise InputError(
-                "another process of this training ended without a word, as when memory runs out; "
-                "torchrun says below which one; continue with --resume"
+                "another process of this command ended without a word, as when memory runs out; "
+                "torchrun says below which one; a training continues with --resume"
             ) from None
         raise
     finally:
@@ -183,8 +201,16 @@ def own_device(device: torch.device) -> torch.device:
 
 def held_gradients(model: nn.Module, held: bool) -> AbstractContextManager[None]:
     """While `held`, gradients add up in each process and are not averaged over processes yet."""
+    if (set_sync := _set_gradient_sync(model)) is not None:
+        set_sync(not held)
+        return nullcontext()
     no_sync = getattr(model, "no_sync", None)
     return no_sync() if held and no_sync is not None else nullcontext()
+
+
+def _set_gradient_sync(network: nn.Module) -> Callable[[bool], None] | None:
+    """Of a sharded network; by name, as importing FSDP takes half as long as torch, for predictions too."""
+    return getattr(network, "set_requires_gradient_sync", None)
 
 
 def summed(values: Tensor) -> Tensor:
@@ -211,6 +237,28 @@ class _Sum(torch.autograd.Function):
         return total
 
 
+def _emptied(store: Store, rank: int, world: int) -> Store:
+    """The store without what earlier starts of these processes left there, which torchrun hands to restarts.
+
+    Else some would look for others where those were before. The main process names a part of it that is new,
+    and the number of restarts does not: machines count their own.
+    """
+    mine = uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", mine)
+        new = PrefixStore(store.get(mine).decode(), store)  # waits for the answer
+        new.add("here", 1)
+        return new
+    new = PrefixStore(mine, store)
+    while new.add("here", 0) < world - 1:
+        for other in range(1, world):
+            # it may still be the process before, whom an answer does no harm
+            if store.check([f"here/{other}"]):
+                store.set(store.get(f"here/{other}").decode(), mine)
+        time.sleep(0.02)
+    return new
+
+
 def _start(device: torch.device, store: Store, rank: int, world: int) -> Processes:
     place: dict[str, Any] = {"store": PrefixStore("training", store), "rank": rank, "world_size": world}
     if device.type == "cuda":
@@ -220,6 +268,13 @@ def _start(device: torch.device, store: Store, rank: int, world: int) -> Process
         dist.init_process_group("gloo", timeout=WAIT, **place)
         control = dist.group.WORLD
     return Processes(device, rank, world, control)
+
+
+def _first_to_fail(store: Store) -> bool:
+    try:
+        return store.add("failed", 1) == 1
+    except dist.DistError:  # the main process may keep the store, and be gone
+        return False
 
 
 def _lost(error: BaseException) -> bool:

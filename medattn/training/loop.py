@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.errors import InputError
@@ -78,6 +79,7 @@ class Schedule:
         return (self.floor + (self.peak - self.floor) * fall) * min(1.0, warmth)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESERVE = 1.3  # times the last validation: the next one may find a busier machine
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -118,20 +120,19 @@ def fit(
     """
     clock = Clock(state, limits, started, reserve_seconds)
     with caught_signals() as caught:
-        while True:
-            stop = clock.agree(processes, caught)
-            if reason := _reason(state, limits, clock, stop):
-                break
+        stop, _ = clock.agree(processes, caught)
+        while not (reason := _reason(state, limits, clock, stop)):
             begun = time.perf_counter()
             parts = [next(batches) for _ in range(accumulate)]
             waited = time.perf_counter() - begun
             rate = schedule.rate(state.step, clock.progress())
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, norm = training_step(model, parts, loss_of, optimizer, clip, state.step, processes)
+            own_loss, norm = training_step(model, parts, loss_of, optimizer, clip, state.step, processes)
             averaged.update_parameters(model)
             state.step += 1
             clock.tick()
+            stop, loss = clock.agree(processes, caught, own_loss)
             seconds = time.perf_counter() - begun
             measured = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "step_seconds": seconds}
             on_step(measured | {"data_wait_share": waited / seconds, "seconds_left": clock.seconds_left()})
@@ -139,12 +140,14 @@ def fit(
                 clock.reserve(_validate(state, validate, keep_best))
             if state.step % limits.save_every == 0:
                 save()
+            if processes.world == 1 or state.validated == state.step:  # else the next step tells
+                stop, _ = clock.agree(processes, caught)
         # not again where a killed run goes on from its last step
         if not stop and state.validated != state.step:
             _validate(state, validate, keep_best)
         clock.tick()
         save()
-        stop = clock.agree(processes, caught)
+        stop, _ = clock.agree(processes, caught)
         return signal.Signals(stop).name if stop else reason
 
 
@@ -159,8 +162,8 @@ def training_step(
 ) -> tuple[float, float]:
     """One update from the mean gradient of some batches; returns loss and gradient norm before clipping.
 
-    model: as `processes.wrap` gives it. Gradient and loss are means over the processes, whose shares of a
-    batch are equal.
+    model: as `processes.wrap` gives it. The gradient is the mean over the processes, whose shares of a batch
+    are equal; the loss is this process's.
     """
     total = 0.0
     for number, batch in enumerate(parts, start=1):
@@ -171,13 +174,15 @@ def training_step(
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if not math.isfinite(norm.item()):
         # the gradient is everyone's, so anyone's cases may be the cause
         cases = [case for several in processes.gathered(parts[-1].cases) for case in several]
         raise InputError(_diverged("a gradient", step, cases))
     optimizer.step()
     optimizer.zero_grad()
-    return processes.mean(total), norm.item()
+    return total, norm.item()
 
 
 class Clock:
@@ -198,14 +203,18 @@ class Clock:
         """Keep this long free before the limit, for the last validation."""
         self._reserve = RESERVE * seconds
 
-    def agree(self, processes: Processes, caught: Sequence[int]) -> int:
-        """The signal that one of the processes caught first, 0 if none; the clock becomes the main one's."""
-        number = caught[0] if caught else 0
+    def agree(self, processes: Processes, caught: Sequence[int], loss: float = 0.0) -> tuple[int, float]:
+        """The signal that a process caught, 0 if none, and the mean loss; the clock becomes the main one's.
+
+        All in one message, because every step waits for it.
+        """
+        first = caught[0] if caught else 0
         if processes.world == 1:
-            return number
+            return first, loss
         mine = (self._state.seconds, self._reserve) if processes.main else (0.0, 0.0)
-        agreed, self._state.seconds, self._reserve = processes.largest(number, *mine)
-        return int(agreed)
+        heard = [float(first == number) for number in SIGNALS]
+        *heard, self._state.seconds, self._reserve, total = processes.sums(*heard, *mine, loss)
+        return next((n for n, count in zip(SIGNALS, heard, strict=True) if count), 0), total / processes.world
 
     def progress(self) -> float:
         """Share of the run that is over."""
@@ -237,7 +246,7 @@ def caught_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers; a notebook's worker keeps its own
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield received
     finally:

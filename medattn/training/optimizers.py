@@ -208,7 +208,8 @@ class Lookahead(Optimizer):
         if due:
             slow = [self.state[p]["slow"] for p in due]
             torch._foreach_lerp_(slow, due, group["lookahead_alpha"])
-            torch._foreach_copy_(due, slow)
+            for p, weights in zip(due, slow, strict=True):  # sharded ones have no _foreach_copy_
+                p.copy_(weights)
 
 
 def _exempt(network: nn.Module, skip: Collection[str]) -> set[nn.Parameter]:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,14 @@ from medattn.data.images.sampling import EvaluationImages, ImageBatch, TrainingI
 from medattn.errors import InputError
 from medattn.networks.registry import task_of
 from medattn.report.classification import ImageEvaluation
+from medattn.training.determinism import deterministic
 from medattn.training.distributed import Processes, joined
 from medattn.training.loop import RESERVE, Limits, Schedule, State
+from medattn.training.sharding import whole
 from medattn.training.synced_batch_norm import synchronise_batch_norms
-from medattn_pipelines.fitting import BEST
+from medattn_pipelines.fitting import BEST, make_learner
 from medattn_pipelines.image_evaluation import evaluate_source
-from medattn_pipelines.image_fitting import Trained, fit_images, make_learner, start_from
+from medattn_pipelines.image_fitting import Trained, fit_images, make_image_optimizer, start_from
 from medattn_pipelines.image_inputs import evaluation_transform, memory_format, read_images, training_batches
 from medattn_pipelines.image_prediction import Classifier
 from medattn_pipelines.imageconfig import ImageConfig
@@ -47,7 +50,10 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
     training diverges.
     """
     started = time.monotonic()
-    with joined(choose_device(config.training.device)) as processes:
+    with (
+        deterministic(config.training.deterministic),
+        joined(choose_device(config.training.device)) as processes,
+    ):
         return _train(config, processes, started, resume=resume, overwrite=overwrite)
 
 
@@ -69,10 +75,13 @@ def _train(
     if config.training.sync_batch_norm and processes.world > 1:
         synchronise_batch_norms(network)
     network = to_device(network, device, config)
-    learner = make_learner(config, run, network, processes, resume=resume)
+    learner = make_learner(
+        config, run, network, partial(make_image_optimizer, config), processes, resume=resume
+    )
     begun = time.monotonic()
-    look = Classifier(card, learner.averaged.module, device, precision, config.data.workers)
-    look.top1(validation, most=1, processes=processes)  # shows now, not in an hour, that memory suffices
+    with whole(learner.averaged):
+        look = Classifier(card, learner.averaged.module, device, precision, config.data.workers)
+        look.top1(validation, most=1, processes=processes)  # shows now, not in an hour, that memory suffices
     batches = -(-len(validation.source) // (validation.batch_size * processes.world))
     reserve_seconds = RESERVE * batches * (time.monotonic() - begun)
     return fit_images(

@@ -32,6 +32,16 @@ def _distinct(names: list[str]) -> list[str]:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=10)]
+
+
+def _uncombined(wanted: bool, info: ValidationInfo) -> bool:
+    others = [name for name in ("shard_weights", "checkpoint_activations") if info.data.get(name)]
+    if wanted and others:
+        raise ValueError(f"torch.compile does not go with {' and '.join(others)}; set one of them to false")
+    return wanted
+
+
+Compile = Annotated[bool, AfterValidator(_uncombined)]  # declared after the fields that it asks about
 FactorRange = Annotated[tuple[Factor, Factor], AfterValidator(_ordered)]
 Spacing = Annotated[float, Field(gt=0, le=50)]
 Window = Annotated[tuple[float, float], AfterValidator(_window)]
@@ -178,6 +188,19 @@ class Training(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where there is one"
+    )
+    deterministic: bool = Field(
+        default=False, description="CUDA: the same bits from the same run, slower; a CPU gives them anyway"
+    )
+    shard_weights: bool = Field(
+        default=False,
+        description="Under torchrun, each process keeps only its share of weights, averages and optimizer "
+        "state (FSDP2), for networks that do not fit otherwise; alone, nothing",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="Keep only each block's input for the backward pass and compute the rest again: less "
+        "memory, about a third more time",
     )
     log_every: int = Field(default=20, ge=1, description="Steps between lines in metrics.jsonl")
     validate_every: int = Field(default=500, ge=1, description="Steps between validations on whole volumes")

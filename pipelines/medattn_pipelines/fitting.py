@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from medattn.atomic import write_text
 from medattn.modelfolder import write_weights
 from medattn.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from medattn.training.distributed import ALONE, Processes
-from medattn.training.loop import Batch, Limits, Schedule, State, fit
-from medattn_pipelines.configfile import AnyConfig
+from medattn.training.loop import Batch, Limits, Schedule, State, averaged_model, fit
+from medattn.training.recomputation import recompute_activations
+from medattn.training.sharding import shard, whole
+from medattn_pipelines.configfile import AnyConfig, dump
 from medattn_pipelines.datawatch import DataWatch, watch_data
 from medattn_pipelines.progress import training_progress
 from medattn_pipelines.record import Record, drop_later_lines
@@ -39,15 +42,49 @@ class Learner:
     optimizer: torch.optim.Optimizer
     state: State = field(default_factory=State)
 
-    def save(self, run: Path) -> None:
-        """Write the checkpoint that a run resumes from."""
-        save_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
+    def save(self, run: Path, processes: Processes = ALONE) -> None:
+        """Write the checkpoint that a run resumes from; all processes call it."""
+        save_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state, processes)
 
     def load(self, run: Path, processes: Processes = ALONE) -> None:
         """Go on where `save` was called, in as many processes as there are now; if never, at the start."""
         with processes.main_first():  # it may have to put the folder in order
-            if has_checkpoint(run / LAST):
-                load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
+            found = has_checkpoint(run / LAST)
+        if found:
+            load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
+
+    def save_best(self, run: Path, processes: Processes) -> None:
+        """Write the averaged weights, whole, as the best ones; all processes call it."""
+        with whole(self.averaged):
+            if processes.main:
+                write_weights(run / BEST, self.averaged.module.state_dict())
+
+
+def make_learner(
+    config: AnyConfig,
+    run: Path,
+    network: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    processes: Processes,
+    *,
+    resume: bool,
+) -> Learner:
+    """The network with its average and optimizer, as the config spreads them, where the run stopped.
+
+    Writes config.yaml.
+    """
+    training = config.training
+    averaged = averaged_model(network, training.ema_decay)
+    if training.checkpoint_activations:
+        recompute_activations(network)
+    if training.shard_weights and processes.world > 1:
+        shard(network, averaged, processes.device)
+    learner = Learner(network, averaged, make_optimizer(network))  # of the parameters that are there now
+    if resume:
+        learner.load(run, processes)
+    if processes.main:
+        write_text(run / "config.yaml", dump(config))
+    return learner
 
 
 def fit_run(
@@ -84,10 +121,8 @@ def fit_run(
         if watch is not None:
             watch.check()
         processes.share_buffers(averaged)
-        return record.validation(*validate())
-
-    def only_main(write: Callable[[], None]) -> Callable[[], None]:
-        return write if processes.main else lambda: None
+        with whole(averaged):
+            return record.validation(*validate())
 
     batches = _own_chance(batches, config.seed, state.step * accumulate, processes.rank)
     wrapped = processes.wrap(learner.network if model is None else model)
@@ -104,8 +139,8 @@ def fit_run(
             clip=config.training.gradient_clip,
             on_step=record.step,
             validate=score_of_all,
-            keep_best=only_main(lambda: write_weights(run / BEST, averaged.module.state_dict())),
-            save=only_main(lambda: learner.save(run)),
+            keep_best=lambda: learner.save_best(run, processes),
+            save=lambda: learner.save(run, processes),
             started=started,
             reserve_seconds=reserve_seconds,
             accumulate=accumulate,

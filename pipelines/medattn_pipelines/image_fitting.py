@@ -10,13 +10,11 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from medattn.atomic import write_text
 from medattn.data.images.reading import Skipped
 from medattn.errors import InputError
 from medattn.training.distributed import Processes
-from medattn.training.loop import Batch, Limits, Schedule, averaged_model
+from medattn.training.loop import Batch, Limits, Schedule
 from medattn.training.optimizers import make_optimizer
-from medattn_pipelines.configfile import dump
 from medattn_pipelines.fitting import Learner, fit_run
 from medattn_pipelines.imageconfig import ImageConfig
 from medattn_pipelines.panopticconfig import PanopticConfig
@@ -68,21 +66,11 @@ def start_from(network: nn.Module, source: nn.Module, folder: Path, head: str) -
     network.load_state_dict({n: w for n, w in weights.items() if n not in apart}, strict=False)
 
 
-def make_learner(
-    config: AnyImageConfig, run: Path, network: nn.Module, processes: Processes, *, resume: bool
-) -> Learner:
-    """The network with its average and optimizer, where the run stopped; writes config.yaml."""
+def make_image_optimizer(config: AnyImageConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The one that the config names; which parameters decay is `parameter_groups`' choice."""
     training = config.training
-    averaged = averaged_model(network, training.ema_decay)
-    optimizer = make_optimizer(
-        training.optimizer, network, training.learning_rate, training.weight_decay, training.momentum
-    )
-    learner = Learner(network, averaged, optimizer)
-    if resume:
-        learner.load(run, processes)
-    if processes.main:
-        write_text(run / "config.yaml", dump(config))
-    return learner
+    rate, decay = training.learning_rate, training.weight_decay
+    return make_optimizer(training.optimizer, network, rate, decay, training.momentum)
 
 
 def fit_images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ from medattn.panoptic import Categories
 from medattn.panoptic_losses import PanopticWeights, panoptic_loss
 from medattn.panoptic_segmenter import PanopticCard, load_panoptic, save_panoptic
 from medattn.report.panoptic import PanopticEvaluation
+from medattn.training.determinism import deterministic
 from medattn.training.distributed import Processes, joined
 from medattn.training.loop import RESERVE, Limits, Schedule, State
+from medattn.training.sharding import whole
 from medattn.training.synced_batch_norm import synchronise_batch_norms
-from medattn_pipelines.fitting import BEST
-from medattn_pipelines.image_fitting import Trained, fit_images, make_learner, start_from
+from medattn_pipelines.fitting import BEST, make_learner
+from medattn_pipelines.image_fitting import Trained, fit_images, make_image_optimizer, start_from
 from medattn_pipelines.panoptic_evaluation import evaluate_files
 from medattn_pipelines.panoptic_inputs import (
     memory_format,
@@ -59,7 +62,10 @@ def train(
     training diverges.
     """
     started = time.monotonic()
-    with joined(choose_device(config.training.device)) as processes:
+    with (
+        deterministic(config.training.deterministic),
+        joined(choose_device(config.training.device)) as processes,
+    ):
         return _train(config, processes, started, resume=resume, overwrite=overwrite)
 
 
@@ -74,11 +80,14 @@ def _train(
     images = training_images(config, source, processes)
     card = describe_model(config, source.categories)
     network = build(config, card, device, processes)
-    learner = make_learner(config, run, network, processes, resume=resume)
+    learner = make_learner(
+        config, run, network, partial(make_image_optimizer, config), processes, resume=resume
+    )
     begun = time.monotonic()
-    look = PanopticSegmenter(card, learner.averaged.module, device, precision, config.data.workers)
-    # shows now, not in an hour, that images and memory suffice
-    look.quality(validation, most=processes.world, processes=processes)
+    with whole(learner.averaged):
+        look = PanopticSegmenter(card, learner.averaged.module, device, precision, config.data.workers)
+        # shows now, not in an hour, that images and memory suffice
+        look.quality(validation, most=processes.world, processes=processes)
     reserve_seconds = RESERVE * -(-len(validation) // processes.world) * (time.monotonic() - begun)
     return fit_images(
         config,

@@ -133,6 +133,8 @@ def differences(record: RunRecord, config: AnyConfig) -> list[str]:
             found.append(f"the run was resumed with another {name.removeprefix('resumed.')}, {value}")
     if (processes := record.parameters.get("machine.processes", "1")) != "1":
         found.append(f"the run had {processes} processes; start this under torchrun with as many")
+    if record.parameters.get("machine.device") == "cuda" and not config.training.deterministic:
+        found.append("the run was on CUDA without training.deterministic: equal bits are not to be expected")
     if config.training.max_minutes is not None:
         found.append(
             "training.max_minutes: the learning rate and the end followed the clock, so equal bits are not "

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -30,13 +31,15 @@ from medattn.metrics import dice
 from medattn.networks.registry import family, task_of
 from medattn.report.tables import Evaluation
 from medattn.segmenter import ModelCard, Segmenter, Settings, load_model, read_plan, save_model
+from medattn.training.determinism import deterministic
 from medattn.training.distributed import ALONE, Processes, joined, summed
-from medattn.training.loop import RESERVE, Limits, Schedule, State, averaged_model
+from medattn.training.loop import RESERVE, Limits, Schedule, State
 from medattn.training.optimizers import make_optimizer
+from medattn.training.sharding import whole
+from medattn.training.thin_maps import spare_thin_maps
 from medattn_pipelines.config import Config
-from medattn_pipelines.configfile import dump
 from medattn_pipelines.evaluation import evaluate
-from medattn_pipelines.fitting import BEST, Learner, fit_run
+from medattn_pipelines.fitting import BEST, fit_run, make_learner
 from medattn_pipelines.prediction import segment_all
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.record import tell_cases
@@ -68,7 +71,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     when training diverges.
     """
     started = time.monotonic()
-    with joined(choose_device(config.training.device)) as processes:
+    with (
+        deterministic(config.training.deterministic),
+        joined(choose_device(config.training.device)) as processes,
+    ):
         return _train(config, processes, started, resume=resume, overwrite=overwrite)
 
 
@@ -85,19 +91,19 @@ def _train(config: Config, processes: Processes, started: float, *, resume: bool
         prepared = prepare(config, folder, plan)
     torch.manual_seed(config.seed)
     network = card.build().to(device)
-    averaged = averaged_model(network, config.training.ema_decay)
-    learner = Learner(network, averaged, make_volume_optimizer(config, network))
-    if resume:
-        learner.load(run, processes)
-    if processes.main:
-        write_text(run / "config.yaml", dump(config))
+    if device.type == "cpu":
+        spare_thin_maps(network)
+    learner = make_learner(
+        config, run, network, partial(make_volume_optimizer, config), processes, resume=resume
+    )
     # overlap 0 and no flips: a quick look that ranks checkpoints; the report uses the configured settings
     quick = dataclasses.replace(card, settings=dataclasses.replace(card.settings, overlap=0.0, flips=False))
-    segmenter = Segmenter(quick, averaged.module, device, precision)
+    segmenter = Segmenter(quick, learner.averaged.module, device, precision)
 
     validation = folder.split("validation")
     begun = time.monotonic()
-    segmenter.segment(read_volume(validation[0].image))  # shows now, not in an hour, that memory suffices
+    with whole(learner.averaged):
+        segmenter.segment(read_volume(validation[0].image))  # shows now, not in an hour, that memory suffices
     mine = -(-len(validation) // processes.world)
     reserve_seconds = RESERVE * mine * (time.monotonic() - begun)
 

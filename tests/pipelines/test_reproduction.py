@@ -77,6 +77,20 @@ def test_a_run_is_repeated_to_the_bit(trained: Path, capsys: pytest.CaptureFixtu
     assert "run_reproduced: exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("network", ["unet_block", "unet_axial"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_deterministic_run_is_repeated_to_the_bit(
+    trained: Path, tmp_path: Path, device: str, network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fields = [f"network.name={network}", f"training.device={device}", "training.deterministic=true"]
+    source = str(trained.with_name("tiny.yaml"))
+    assert main(["train", source, *TINY, *fields, "training.steps=2", f"run.dir={run}"]) == 0
+    assert not torch.are_deterministic_algorithms_enabled(), "only while it trains"
+    assert main(["reproduce", str(run)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("equal to the bit")
+
+
 @pytest.mark.slow
 def test_another_result_is_1_unless_tolerated(kept: Path, tmp_path: Path, capsys: Any) -> None:
     """The record is edited: what is repeated then differs by what was edited."""

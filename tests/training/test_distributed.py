@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from medattn.training.checkpoint import load_checkpoint
 from medattn.training.distributed import ALONE, held_gradients, joined, summed
+from medattn.training.loop import State, averaged_model
 from medattn.training.synced_batch_norm import SyncedBatchNorm, synchronise_batch_norms
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -38,29 +40,88 @@ def worker() -> ModuleType:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, world: int) -> None:
-    """Losses, weights and buffers after six steps; accumulation, synchronised batch norm, signals, time."""
+    """Losses, gradient norms, weights and buffers after six steps: accumulated, with synchronised batch norm,
+    sharded, resumed from a checkpoint of one process; and signals and time."""
+    worker().half_of_a_training(ALONE, tmp_path / "alone")
     done = torchrun(world, WORKER, "results", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["process 0 speaks"]
     ours = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     alone = worker().all_results(ALONE)
-    for name in ("plain", "accumulated", "batch norm"):
+    for name in (name for name in alone if name != "sums"):
         for result in ours:
-            close(result[name]["losses"], alone[name]["losses"])
-            for key, value in alone[name]["tensors"].items():
-                close(result[name]["tensors"][key], value)
+            same_training(result[name], alone[name])
             assert result[name]["tensors"] == ours[0][name]["tensors"], "all hold the same to the bit"
+            assert result[name]["sharded"] == name.startswith("sharded")
     for result in ours:
         close(result["sums"], alone["sums"])
+        same_training(result["resumed"], alone["accumulated"], start=3)
         assert (result["signal"]["reason"], result["signal"]["step"]) == ("SIGTERM", 3)
         assert result["time"]["reason"] == "time"
         assert result["time"]["step"] == ours[0]["time"]["step"] > 1
         assert result["agreements"] == {
             "total": [sum(range(world)), world],
             "largest": [0, world - 1],
-            "mean": pytest.approx((world - 1) / 2),
+            "sums": [0.5 * world, sum(range(world))],
             "gathered": [f"process {rank}" for rank in range(world)],
         }
+
+    kept = [result["sharded"]["kept"] for result in ours]
+    # the last layer has one row, which is not cut up and is padded in the other processes
+    assert alone["sharded"]["kept"] <= sum(kept) < 1.2 * alone["sharded"]["kept"]
+    assert max(kept) < 1.5 * sum(kept) / world
+    same_training(
+        worker().trained(ALONE, accumulate=2, begin=tmp_path / "many"), alone["accumulated"], start=3
+    )
+
+
+def same_training(found: dict[str, Any], expected: dict[str, Any], *, start: int = 0) -> None:
+    close(found["measured"], expected["measured"][start:])
+    close(found["best"], expected["best"])
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for key, value in expected["tensors"].items():
+        close(found["tensors"][key], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "left", "second", "found"),
+    [
+        pytest.param(2, "sharded", 4, "sharded", id="2-sharded-4-sharded"),
+        pytest.param(4, "sharded", 2, "whole", id="4-sharded-2-whole"),
+        pytest.param(2, "whole", 4, "sharded", id="2-whole-4-sharded"),
+    ],
+)
+def test_any_number_of_processes_goes_on(
+    tmp_path: Path, first: int, left: str, second: int, found: str
+) -> None:
+    for world, task in ((first, f"leave {left}"), (second, f"go on {found}")):
+        done = torchrun(world, WORKER, task, tmp_path)
+        assert done.returncode == 0, done.stderr
+    written = len(list((tmp_path / "last").glob("*.distcp")))
+    assert written == (first if left == "sharded" else 1)
+    expected = worker().trained(ALONE, accumulate=2)
+    for rank in range(second):
+        same_training(json.loads((tmp_path / f"{rank}.json").read_text()), expected, start=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [("full disk", "checkpoint of step 1 could not be written"), ("killed saving", "ended without a word")],
+)
+def test_a_process_that_fails_to_write_its_share_leaves_the_checkpoint_before(
+    tmp_path: Path, task: str, sentence: str
+) -> None:
+    done = torchrun(2, WORKER, task, tmp_path)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("told: ")]
+    assert len(told) <= 1 if task == "killed saving" else len(told) == 1, done.stderr
+    assert all(sentence in line for line in told)
+    model = worker().network(norm=False)
+    averaged, state = averaged_model(model, 0.9), State()
+    load_checkpoint(tmp_path / "last", model, averaged, torch.optim.AdamW(model.parameters(), 0.01), state)
+    assert state.step == 0 if task == "full disk" else state.step > 0
 
 
 def close(found: Any, expected: Any) -> None:
@@ -73,7 +134,7 @@ def close(found: Any, expected: Any) -> None:
     [
         ("diverge", "the loss is not finite at step 0 on cases case_7"),
         ("disagree", "only the main process fails"),
-        ("killed", "another process of this training ended without a word"),
+        ("killed", "another process of this command ended without a word"),
     ],
 )
 def test_one_that_fails_ends_all_with_one_sentence(tmp_path: Path, task: str, sentence: str) -> None:
@@ -88,7 +149,7 @@ def test_one_that_fails_ends_all_with_one_sentence(tmp_path: Path, task: str, se
 def test_alone_everything_is_as_without() -> None:
     network = nn.Linear(2, 1)
     assert ALONE.wrap(network) is network
-    assert (ALONE.total(3, 4), ALONE.mean(0.1), ALONE.gathered("x")) == ([3, 4], 0.1, ["x"])
+    assert (ALONE.total(3, 4), ALONE.sums(0.1), ALONE.gathered("x")) == ([3, 4], [0.1], ["x"])
     values = torch.ones(2)
     assert summed(values) is values
     with joined(torch.device("cpu")) as processes, processes.main_first(), held_gradients(network, True):

@@ -303,8 +303,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _differentiate(ctx: Any, dcontent: Tensor, dposition: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _backward(dcontent, dposition, *ctx.saved_tensors, *ctx.numbers)
-    present = [None if x is None else g for x, g in zip(ctx.saved_tensors, gradients, strict=True)]
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again, and allows no more
+    gradients = _backward(dcontent, dposition, *saved, *ctx.numbers)
+    present = [None if x is None else g for x, g in zip(saved, gradients, strict=True)]
     return *present, None, None, None, None
 
 

@@ -171,8 +171,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dbias = _backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, None if ctx.saved_tensors[3] is None else dbias, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again, and allows no more
+    dq, dk, dv, dbias = _backward(grad, *saved, *ctx.numbers)
+    return dq, dk, dv, None if saved[3] is None else dbias, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)

@@ -81,8 +81,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _differentiate(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dtable = _backward(dout, *ctx.saved_tensors)
-    return dq, dk, dv, None if ctx.saved_tensors[3] is None else dtable
+    saved = ctx.saved_tensors  # read once: activation checkpointing computes them again, and allows no more
+    dq, dk, dv, dtable = _backward(dout, *saved)
+    return dq, dk, dv, None if saved[3] is None else dtable
 
 
 _attention.register_autograd(_differentiate, setup_context=_remember)
