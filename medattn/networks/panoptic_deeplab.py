@@ -81,8 +81,8 @@ class PanopticDeepLab(nn.Module):
         super().__init__()
         if aspp and projection:
             raise InputError("aspp and projection are alternatives, expected one of them at most")
-        if width < 8 or width % 8:
-            raise InputError(f"width is {width}, expected a multiple of 8")
+        if width < 16 or width % 16:  # the instance decoder is half as wide, and has an eighth of that
+            raise InputError(f"width is {width}, expected a multiple of 16")
         self.levels, channels = _levels(backbone)
         for name in cast(Features, backbone).head_parts:
             delattr(backbone, name)
