@@ -185,8 +185,11 @@ def not_finite(model: nn.Module, batch: Rows) -> Tensor:
     return loss_of(model, batch) * float("nan")
 
 
-def keep_saving(processes: Processes, folder: Path, *, full: bool = False) -> None:
-    """Save one sharded network again and again; full: after the first time, as onto a full disk."""
+def keep_saving(processes: Processes, folder: Path, *, full: bool = False, killed: bool = False) -> None:
+    """Save one sharded network again and again.
+
+    full: after the first time, as onto a full disk. killed: this process, at some moment after the second.
+    """
     model = network(norm=False)
     averaged = averaged_model(model, 0.9)
     shard(model, averaged, processes.device)
@@ -196,6 +199,8 @@ def keep_saving(processes: Processes, folder: Path, *, full: bool = False) -> No
         if full:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        if killed and step == 1:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def main(task: str, folder: Path) -> None:
@@ -218,9 +223,7 @@ def main(task: str, folder: Path) -> None:
             elif task == "full disk":
                 keep_saving(processes, folder, full=rank == 1)
             elif task == "killed saving":
-                if rank == 1:
-                    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                keep_saving(processes, folder)
+                keep_saving(processes, folder, killed=rank == 1)
             elif task == "diverge":
                 trained(processes, loss_of=not_finite if rank == 1 else loss_of)
             elif task == "killed":
