@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,7 @@ from medattn_pipelines.image_fitting import Trained, fit_images, make_image_opti
 from medattn_pipelines.image_inputs import evaluation_transform, memory_format, read_images, training_batches
 from medattn_pipelines.image_prediction import Classifier
 from medattn_pipelines.imageconfig import ImageConfig
-from medattn_pipelines.prediction_table import Prediction, write_predictions
-from medattn_pipelines.progress import case_progress
+from medattn_pipelines.prediction_table import write_predictions
 from medattn_pipelines.runs import choose_device, choose_precision, open_run
 
 LossOf = Callable[[nn.Module, ImageBatch], Tensor]
@@ -44,7 +43,8 @@ def train(config: ImageConfig, *, resume: bool = False, overwrite: bool = False)
     """Train a classifier and report on the validation images.
 
     The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
-    model/, predictions/ and report/. Under torchrun all processes train together, and the main one writes.
+    model/, predictions/ and report/. Under torchrun all processes train together and share the predictions,
+    and the main one writes the rest.
 
     Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and when
     training diverges.
@@ -94,7 +94,7 @@ def _train(
         make_limits(config, images),
         score="top-1",
         measure=lambda: look.top1(validation, processes=processes),
-        finish=lambda: finish(config, run, card, learner.state, validation, look),
+        finish=lambda: finish(config, run, card, learner.state, validation, look, processes),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
@@ -189,8 +189,12 @@ def finish(
     state: State,
     validation: EvaluationImages,
     look: Classifier,
-) -> ImageEvaluation:
-    """Write model/ from the best weights, classify the validation images with it and report."""
+    processes: Processes,
+) -> ImageEvaluation | None:
+    """Write model/ from the best weights, classify the validation images with it and report.
+
+    The processes share the images; the main one does the rest, and alone has the evaluation.
+    """
     provenance = {
         "medattn": __version__,
         "steps": state.step,
@@ -199,15 +203,14 @@ def finish(
         "seconds": round(state.seconds),
         "validation_images": len(validation.source),
     }
-    best = load_file(run / BEST)
-    save_classifier(run / "model", replace(card, provenance=provenance), best)
+    if processes.main:
+        save_classifier(run / "model", replace(card, provenance=provenance), load_file(run / BEST))
+    processes.wait()
     card, network = load_classifier(run / "model")
     final = Classifier(card, network, look.device, look.precision, config.data.workers)
-    with case_progress("Classifying", len(validation.source)) as on_image:
-        rows = list(_relative(final.predictions(validation, on_image), config.data.root))
+    predictions, root = final.predictions(validation, processes), config.data.root
+    if not processes.main:
+        return None
+    rows = [(os.path.relpath(case, root), best) for case, best in predictions]
     write_predictions(run / "predictions", rows, card.classes)
-    return evaluate_source(run / "predictions", validation.source, config.data.root, run / "report")
-
-
-def _relative(rows: Iterable[Prediction], root: Path) -> Iterator[Prediction]:
-    return ((os.path.relpath(case, root), best) for case, best in rows)
+    return evaluate_source(run / "predictions", validation.source, root, run / "report")

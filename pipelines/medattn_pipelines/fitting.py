@@ -98,7 +98,7 @@ def fit_run(
     *,
     score: str,
     validate: Callable[[], tuple[float, Mapping[str, float]]],
-    finish: Callable[[], Evaluation],
+    finish: Callable[[], Evaluation | None],
     started: float,
     reserve_seconds: float,
     resume: bool,
@@ -109,9 +109,9 @@ def fit_run(
     """Train with a record of it in the run folder; returns why it ended, and what `finish` gives.
 
     score: what `validate` measures; it returns that, the same in all processes, and what to log. finish:
-    writes model/ and report/ from the best weights; not called, and None, where a signal ended the training.
-    model: what computes the loss, the learner's network if None. processes: only the main one writes, and
-    calls `finish`. The others as in `fit`.
+    writes model/, predictions/ and report/ from the best weights, and gives None in processes but the main
+    one; not called, and None, where a signal ended the training. model: what computes the loss, the learner's
+    network if None. The others as in `fit`.
     """
     state, averaged = learner.state, learner.averaged
 
@@ -146,15 +146,15 @@ def fit_run(
             accumulate=accumulate,
             processes=processes,
         )
-        if record.tracker is None:
-            return reason, None
         if reason.startswith("SIG"):
-            record.tracker.close("killed")
+            if record.tracker is not None:
+                record.tracker.close("killed")
             return reason, None
         if watch is not None:
             watch.check(thorough=True)
         evaluation = finish()
-        track_results(record.tracker, config, run)
+        if record.tracker is not None:
+            track_results(record.tracker, config, run)
     return reason, evaluation
 
 

@@ -39,8 +39,8 @@ class Trained(Generic[Evaluation]):
     """What a training left behind.
 
     reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    images, None where a signal ended the training before it was complete. skipped: training images that could
-    not be used.
+    images, None where a signal ended the training before it was complete, and in processes but the main one.
+    skipped: training images that could not be used.
     """
 
     run: Path
@@ -84,7 +84,7 @@ def fit_images(
     *,
     score: str,
     measure: Callable[[], tuple[float, Mapping[str, float]]],
-    finish: Callable[[], Evaluation],
+    finish: Callable[[], Evaluation | None],
     started: float,
     reserve_seconds: float,
     resume: bool,

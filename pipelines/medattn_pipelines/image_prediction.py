@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,16 +72,22 @@ class Classifier:
         score = right / max(1, seen)
         return score, {"validation_top1": score}
 
-    def predictions(
-        self, images: EvaluationImages, on_image: Callable[[str], object]
-    ) -> Iterator[Prediction]:
-        """Each image with its best classes and their probabilities, best first."""
-        wnids = self.card.classes.wnids
-        for batch, logits in self.logits(images):
-            best = logits.double().softmax(1).topk(min(BEST, len(wnids)))
-            for case, values, indices in zip(batch.cases, best.values, best.indices, strict=True):
-                yield case, [(wnids[i], float(p)) for i, p in zip(indices, values, strict=True)]
-                on_image(case)
+    def predictions(self, images: EvaluationImages, processes: Processes) -> list[Prediction]:
+        """Each image with its best classes and their probabilities, best first.
+
+        The processes share the images, and get the same answer.
+        """
+        source, wnids = images.source, self.card.classes.wnids
+        images = replace(images, rank=processes.rank, world=processes.world)
+        rows = dict[str, Prediction]()
+        mine = sum(map(len, images.parts))
+        with case_progress("Classifying", mine, processes=processes.world) as on_image:
+            for batch, logits in self.logits(images):
+                best = logits.double().softmax(1).topk(min(BEST, len(wnids)))
+                for case, values, indices in zip(batch.cases, best.values, best.indices, strict=True):
+                    rows[case] = case, [(wnids[i], float(p)) for i, p in zip(indices, values, strict=True)]
+                    on_image(case)
+        return processes.collected(rows, map(source.name, range(len(source))))
 
 
 @dataclass(frozen=True)
@@ -116,18 +122,13 @@ def predict(model: Path, inputs: Sequence[Path], output: Path, *, device: str = 
         precision = choose_precision("auto", processes.device)
         classifier = Classifier(card, network, processes.device, precision)
         paths = find_images(inputs)
-        # whole batches: what a network computes of an image may depend in the last bit on those beside it
-        firsts = range(BATCH * processes.rank, len(paths), BATCH * processes.world)
-        files = _Files([path for first in firsts for path in paths[first : first + BATCH]], card.classes)
+        files = _Files(paths, card.classes)
         images = EvaluationImages(files, card.view, BATCH, unreadable_limit=len(files))
-        with case_progress("Classifying", len(files), processes=processes.world) as on_image:
-            rows = {row[0]: row for row in classifier.predictions(images, on_image)}
-        order = [str(path) for path in paths]
-        predictions = processes.collected(rows, order)
+        predictions = classifier.predictions(images, processes)
         if processes.main:
             write_predictions(output, predictions, card.classes)
         problems = {image.name: f"{image.name}: {image.reason}" for image in classifier.skipped}
-        if failed := processes.collected(problems, order):
+        if failed := processes.collected(problems, map(str, paths)):
             raise InputError(*failed)
         return output / TABLE
 

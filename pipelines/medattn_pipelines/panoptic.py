@@ -56,7 +56,8 @@ def train(
     """Train a panoptic segmenter and report on the validation images.
 
     The run folder gets config.yaml, metrics.jsonl, checkpoints/ and, unless a signal ended the training,
-    model/, predictions/ and report/. Under torchrun all processes train together, and the main one writes.
+    model/, predictions/ and report/. Under torchrun all processes train together and share the predictions,
+    and the main one writes the rest.
 
     Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and when
     training diverges.
@@ -105,7 +106,7 @@ def _train(
         ),
         score="PQ",
         measure=lambda: look.quality(validation, processes=processes),
-        finish=lambda: finish(run, card, learner.state, validation, look),
+        finish=lambda: finish(run, card, learner.state, validation, look, processes),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
@@ -178,9 +179,17 @@ def loss_function(config: PanopticConfig, device: torch.device, precision: torch
 
 
 def finish(
-    run: Path, card: PanopticCard, state: State, validation: PanopticImages, look: PanopticSegmenter
-) -> PanopticEvaluation:
-    """Write model/ from the best weights, segment the validation images with it and report."""
+    run: Path,
+    card: PanopticCard,
+    state: State,
+    validation: PanopticImages,
+    look: PanopticSegmenter,
+    processes: Processes,
+) -> PanopticEvaluation | None:
+    """Write model/ from the best weights, segment the validation images with it and report.
+
+    The processes share the images; the main one does the rest, and alone has the evaluation.
+    """
     provenance = {
         "medattn": __version__,
         "steps": state.step,
@@ -189,12 +198,15 @@ def finish(
         "seconds": round(state.seconds),
         "validation_images": len(validation),
     }
-    save_panoptic(run / "model", replace(card, provenance=provenance), load_file(run / BEST))
+    if processes.main:
+        save_panoptic(run / "model", replace(card, provenance=provenance), load_file(run / BEST))
+    processes.wait()
     card, network = load_panoptic(run / "model")
     final = PanopticSegmenter(card, network, look.device, look.precision, look.workers)
     images = {number: Path(validation.name(i)) for i, number in enumerate(validation.image_ids)}
-    with case_progress("Segmenting", len(images)) as on_image:
-        json, problems = write_predictions(final, images, run / "predictions", on_image)
+    json, problems = write_predictions(final, images, run / "predictions", processes)
     if problems:
         raise InputError(*problems)
+    if not processes.main:
+        return None
     return evaluate_files(read_panoptic(json), validation.as_file(), run / "report", images=validation.images)

@@ -127,9 +127,7 @@ def predict(model: Path, inputs: Sequence[Path], output: Path, *, device: str = 
         paths = find_images(inputs)
         _require_distinct(paths)
         images = {image_id(path): path for path in paths}
-        mine = len(paths[processes.rank :: processes.world])
-        with case_progress("Segmenting", mine, processes=processes.world) as on_image:
-            json, problems = write_predictions(segmenter, images, output, on_image, processes)
+        json, problems = write_predictions(segmenter, images, output, processes)
         if problems:
             raise InputError(*problems)
         return json
@@ -139,8 +137,7 @@ def write_predictions(
     segmenter: PanopticSegmenter,
     images: Mapping[int | str, Path],
     output: Path,
-    on_image: Callable[[str], object],
-    processes: Processes = ALONE,
+    processes: Processes,
 ) -> tuple[Path, list[str]]:
     """Segment images, by their ids, and write JSON, PNGs and overlays; returns the JSON and what failed.
 
@@ -163,12 +160,13 @@ def write_predictions(
 
     mine = list(images)[processes.rank :: processes.world]
     try:
-        for number, item in zip(mine, _ahead(read, mine, segmenter.workers), strict=True):
-            if isinstance(item, InputError):
-                problems[number] = item.problems
-                continue
-            done[number] = _write_image(segmenter, number, images[number], *item, output)
-            on_image(str(images[number]))
+        with case_progress("Segmenting", len(mine), processes=processes.world) as on_image:
+            for number, item in zip(mine, _ahead(read, mine, segmenter.workers), strict=True):
+                if isinstance(item, InputError):
+                    problems[number] = item.problems
+                    continue
+                done[number] = _write_image(segmenter, number, images[number], *item, output)
+                on_image(str(images[number]))
         described = processes.collected(done, images)
     except BaseException:  # what is done stays of use when memory runs out or somebody interrupts
         write(list(done.values()))

@@ -53,7 +53,7 @@ class Trained:
     """What a training left behind.
 
     reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    cases, None where a signal ended the training before it was complete.
+    cases, None where a signal ended the training before it was complete, and in processes but the main one.
     """
 
     run: Path
@@ -66,9 +66,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     """Train a network and report on the validation cases.
 
     The run folder gets config.yaml, plan.json, metrics.jsonl, checkpoints/ and, unless a signal ended the
-    training, model/, predictions/ and report/. Under torchrun all processes train together, and the main one
-    writes. Raises InputError for unusable data, for a run folder that exists (unless resume or overwrite) and
-    when training diverges.
+    training, model/, predictions/ and report/. Under torchrun all processes train together and share the
+    predictions, and the main one writes the rest. Raises InputError for unusable data, for a run folder that
+    exists (unless resume or overwrite) and when training diverges.
     """
     started = time.monotonic()
     with (
@@ -118,7 +118,7 @@ def _train(config: Config, processes: Processes, started: float, *, resume: bool
         make_limits(config),
         score="Dice",
         validate=lambda: validation_dice(segmenter, folder, plan.organs, processes),
-        finish=lambda: finish(config, run, card, learner.state, folder, segmenter),
+        finish=lambda: finish(config, run, card, learner.state, folder, segmenter, processes),
         started=started,
         reserve_seconds=reserve_seconds,
         resume=resume,
@@ -304,9 +304,18 @@ def validation_dice(
 
 
 def finish(
-    config: Config, run: Path, card: ModelCard, state: State, folder: CaseFolder, segmenter: Segmenter
-) -> Evaluation:
-    """Write model/ from the best weights, segment the validation cases with it and report."""
+    config: Config,
+    run: Path,
+    card: ModelCard,
+    state: State,
+    folder: CaseFolder,
+    segmenter: Segmenter,
+    processes: Processes,
+) -> Evaluation | None:
+    """Write model/ from the best weights, segment the validation cases with it and report.
+
+    The processes share the cases; the main one does the rest, and alone has the evaluation.
+    """
     provenance = {
         "medattn": __version__,
         "steps": state.step,
@@ -316,12 +325,16 @@ def finish(
         "train_cases": len(folder.split("train")),
         "validation_cases": len(folder.split("validation")),
     }
-    best = load_file(run / BEST)
-    save_model(run / "model", dataclasses.replace(card, provenance=provenance), best)
+    if processes.main:
+        card = dataclasses.replace(card, provenance=provenance)
+        save_model(run / "model", card, load_file(run / BEST))
+    processes.wait()
     card, network = load_model(run / "model")
     segmenter = Segmenter(card, network, segmenter.device, segmenter.precision)
     volumes = {case.name: case.image for case in folder.split("validation")}
-    segment_all(segmenter, volumes, run / "predictions", export=["seg.nrrd"])
+    segment_all(segmenter, volumes, run / "predictions", export=["seg.nrrd"], processes=processes)
+    if not processes.main:
+        return None
     with case_progress("Measuring", len(volumes)) as on_case:
         return evaluate(
             run / "predictions",

@@ -1,12 +1,14 @@
-"""Prediction by command under torchrun against the same command in one process: the same bytes."""
+"""Prediction under torchrun, by command or at the end of a training, against one process: the same bytes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from medattn_pipelines.image_prediction import BATCH
 from medattn_pipelines.volumes import describe_model, plan_data
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-MODULE = ["-m", "medattn_pipelines.cli", "predict"]
+MODULE = ["-m", "medattn_pipelines.cli"]
 
 
 def random_weights(network: nn.Module) -> nn.Module:
@@ -88,8 +90,8 @@ def panoptic(root: Path) -> tuple[Path, Path]:
 
 
 def together(world: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The predict command in so many processes of torchrun."""
-    command = [*TORCHRUN, str(world), *MODULE, *map(str, arguments), "--device", "cpu"]
+    """A command in so many processes of torchrun."""
+    command = [*TORCHRUN, str(world), *MODULE, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
@@ -133,7 +135,7 @@ def test_processes_write_what_one_writes(
     )
     said = [line for line in capsys.readouterr().err.splitlines() if "medattn: error: " in line]
     assert (one, len(said)) == (2, 2)
-    done = together(world, model, *more, "--output", tmp_path / "many", *export)
+    done = together(world, "predict", model, *more, "--output", tmp_path / "many", "--device", "cpu", *export)
     assert done.returncode == 1, "torchrun's own code"
     assert [line for line in done.stderr.splitlines() if "medattn: error: " in line] == said
     assert done.stderr.count(f"(first of {world} processes)") >= 1
@@ -144,9 +146,75 @@ def test_processes_write_what_one_writes(
 
 def test_one_process_speaks(tmp_path: Path) -> None:
     model, inputs = classification(tmp_path)
-    done = together(2, model, inputs, "--output", tmp_path / "out")
+    done = together(2, "predict", model, inputs, "--output", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("predictions: ") == 1
     rows = (tmp_path / "out/predictions.csv").read_text().splitlines()
     names = [row.split(",")[0] for row in rows[1:]]
     assert names == [str(path) for path in sorted(inputs.iterdir())]
+
+
+def beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def volume_training(root: Path) -> list[str | Path]:
+    """Of twelve cases, three to validate with."""
+    write_phantoms(root / "data", cases=12, size=32, seed=1)
+    torchrun = beside("test_torchrun")
+    return [torchrun.written(root / "data", root / "run", "volumes"), *torchrun.VOLUMES, "training.steps=2"]
+
+
+def image_training(root: Path) -> list[str | Path]:
+    """Ten images to validate with, in batches of 4, 4 and 2."""
+    for part, number in (("train", 12), ("val", 5)):
+        (root / "data" / part).mkdir(parents=True)
+        for wnid in ("n01", "n02"):
+            write_images(root / "data" / part / wnid, number)
+    torchrun = beside("test_torchrun")
+    return [torchrun.written(root / "data", root / "run"), *torchrun.IMAGES, "training.steps=2"]
+
+
+def panoptic_training(root: Path) -> list[str | Path]:
+    """Five images to validate with."""
+    scenes = beside("test_panoptic_training")
+    scenes.write_scenes(root / "data", "train", 8, 0)
+    scenes.write_scenes(root / "data", "val", 5, 1)
+    return [scenes.written(root / "data", root / "run"), *scenes.TINY, "training.steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("task", "share"),
+    [
+        pytest.param(image_training, "Classifying (first of 2 processes) 6/6", id="classification"),
+        pytest.param(
+            volume_training, "Segmenting (first of 2 processes) 2/2", id="volumes", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            panoptic_training, "Segmenting (first of 2 processes) 3/3", id="panoptic", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_processes_share_the_predictions_at_the_end_of_a_training(
+    tmp_path: Path, task: Callable[[Path], list[str | Path]], share: str
+) -> None:
+    """One process that resumes the complete run repeats its end: predictions and report are the same."""
+    command = ["train", *map(str, task(tmp_path))]
+    done = together(2, *command)
+    assert done.returncode == 0, done.stderr
+    assert share in done.stderr
+    assert done.stdout.count("report:") == 1
+    assert "stopped by" not in done.stdout
+    run = tmp_path / "run"
+    for name in ("predictions", "report"):
+        (run / name).rename(tmp_path / name)
+    assert main([*command, "--resume"]) == 0
+    for name in ("predictions", "report"):
+        found = contents(run / name)
+        assert found == contents(tmp_path / name)
+        assert len(found) > 1

@@ -159,6 +159,23 @@ def test_a_killed_process_is_started_again_and_nothing_shows(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_while_it_predicts_for_the_report_it_does_that_again(
+    squares: Path, tmp_path: Path, whole: dict[str, Any], rank: int
+) -> None:
+    run = tmp_path / "run"
+    command = [*STANDALONE, "--nproc-per-node", "2", *training(squares, run)]
+    with started(command) as process:
+        wait_for((run / "model").is_dir, process)
+        os.kill(workers(process)[rank], signal.SIGKILL)
+        assert not (run / "report").exists()
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert out.count("torchrun started this training again") == 1
+    assert outcome(run) == whole
+
+
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_it_starts_anew(
     squares: Path, tmp_path: Path, whole: dict[str, Any]
 ) -> None:

@@ -113,7 +113,8 @@ class TrainingImages:
 class EvaluationImages:
     """Every image once, in the order of the source; the last batch may be smaller.
 
-    batch_size: of this process, which reads every `world`-th image. Images that cannot be decoded are left
+    rank, world: this process of how many, which take the batches in turn: whole ones, as what a network
+    computes of an image may depend in the last bit on those beside it. Images that cannot be decoded are left
     out, so the score is over fewer: by default the first one is an error.
     """
 
@@ -125,15 +126,19 @@ class EvaluationImages:
     upright: bool = True
     unreadable_limit: int = 0
 
+    @property
+    def parts(self) -> list[range]:
+        """The images of each of this process's batches."""
+        all_images, size = range(len(self.source)), self.batch_size
+        return [all_images[n : n + size] for n in all_images[self.rank * size :: self.world * size]]
+
     def batches(self, workers: int, *, pin_memory: bool = False) -> Iterator[ImageBatch]:
-        """All batches, read ahead by `workers` threads; empty ones where nothing could be decoded.
+        """This process's batches, read ahead by `workers` threads; empty where nothing could be decoded.
 
         Raises InputError when more than `unreadable_limit` images could not be decoded.
         """
-        mine = range(self.rank, len(self.source), self.world)
         reader = Reader(self.source, self.transform, self.upright, False, self.unreadable_limit)
-        parts = (mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size))
-        steps = (partial(self._begin, reader, part, pin_memory) for part in parts)
+        steps = (partial(self._begin, reader, part, pin_memory) for part in self.parts)
         return read_ahead(steps, workers, Tolerance(self.unreadable_limit))
 
     @staticmethod
