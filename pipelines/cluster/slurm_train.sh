@@ -21,8 +21,8 @@ set -euo pipefail
 config=$1 run=$2
 shift 2
 arguments=(train "$config" "run.dir=$run")
-# only what this job began: a run that was there before it is refused, not continued
-if ((${SLURM_RESTART_COUNT:-0})) && [[ -d $run ]]; then
+# only what this job began, by the folder that torchrun names after it: any other run is refused, not continued
+if grep --quiet --no-messages "/${SLURM_JOB_ID}_" "$run/.launches"; then
     arguments+=(--resume "${@/#--overwrite/--resume}")
 else
     arguments+=("$@")

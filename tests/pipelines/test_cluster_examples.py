@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -96,16 +95,6 @@ def environment() -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container()["env"]}
 
 
-def test_the_commands_in_the_scripts_are_medattns() -> None:
-    """As the parser sees them."""
-    lines = ["train CONFIG run.dir=RUN a.b=c --resume", "tune SPACE a.b=c --storage URL"]
-    for line in lines:
-        name, *arguments = shlex.split(line)
-        parser_for(name, COMMANDS[name]).parse_intermixed_args(arguments)
-    text = (CLUSTER / "slurm_tune.sh").read_text()
-    assert 'medattn tune "$space" "$@" --storage "$storage"' in text
-
-
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A folder to work in: cases and a config."""
@@ -192,6 +181,27 @@ def stand_in_for_slurm(folder: Path) -> dict[str, str]:
     return {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 
 
+@pytest.mark.parametrize("example", ["slurm_train.sh", "slurm_tune.sh", "kubernetes_train.yaml"])
+def test_what_is_started_is_a_command_of_medattn(tmp_path: Path, example: str) -> None:
+    """By a script in the place of srun and torchrun that notes what it is told, and medattn's own parser."""
+    slurm = stand_in_for_slurm(tmp_path)
+    for name in ("srun", "torchrun"):
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\nprintf '%s\\n' \"$@\" > told\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    arguments = ["configs/hn_ct.yaml", "runs/x" if "train" in example else "journal:x", "training.steps=3"]
+    command = ["bash", str(CLUSTER / example), *arguments]
+    if example.endswith("yaml"):
+        command, slurm = container()["command"], environment() | {"JOB_COMPLETION_INDEX": "0"}
+    with started(command, tmp_path, **slurm) as job:
+        out, _ = job.communicate(timeout=30)
+    assert job.returncode == 0, out
+    told = (tmp_path / "told").read_text().splitlines()
+    place = max(number for number, word in enumerate(told) if Path(word).name == "medattn")
+    name, *rest = told[place + 1 :]
+    parsed = parser_for(name, COMMANDS[name]).parse_intermixed_args(rest)
+    assert str(getattr(parsed, "config", None) or parsed.space) == "configs/hn_ct.yaml"
+
+
 @pytest.mark.slow
 def test_the_slurm_job_saves_before_its_limit_and_goes_on_in_the_next(work: Path) -> None:
     """SLURM's own commands are stood in for by scripts; torchrun and medattn are real: two of each."""
@@ -208,11 +218,11 @@ def test_the_slurm_job_saves_before_its_limit_and_goes_on_in_the_next(work: Path
     assert (run / "checkpoints/last").is_dir()
     assert 5 <= len(steps(run)) < STEPS
     (work / "requeued").unlink()
-    with started(command, work, **slurm) as other:  # another job by mistake
+    with started(command, work, **slurm | {"SLURM_JOB_ID": "4712"}) as other:  # by mistake
         out, _ = other.communicate(timeout=200)
     assert other.returncode == 1
     assert "this run exists; continue it with --resume" in out
-    with started(command, work, **slurm, SLURM_RESTART_COUNT="1") as job:
+    with started(command, work, **slurm) as job:
         out, _ = job.communicate(timeout=200)
     assert job.returncode == 0, out
     assert not (work / "requeued").exists()
@@ -242,9 +252,9 @@ def test_the_kubernetes_pods_train_together_and_after_one_was_drained(work: Path
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    variables = environment() | {"CONFIG": "config.yaml", "RUN": "run", "GPUS": "1"}
+    variables = environment() | {"CONFIG": "config.yaml", "RUN": "runs/first", "GPUS": "1"}
     variables["ENDPOINT"] = f"127.0.0.1:{port}"
-    command, run = container()["command"], work / "run"
+    command, run = container()["command"], work / "runs/first"
 
     def pod(index: int) -> Any:
         return started(command, work, **variables, JOB_COMPLETION_INDEX=str(index))
