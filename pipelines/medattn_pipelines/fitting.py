@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.atomic import write_text
+from medattn.data.images.reading import Skipped
 from medattn.modelfolder import write_weights
 from medattn.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from medattn.training.distributed import ALONE, Processes
@@ -31,6 +32,22 @@ BEST, LAST = "checkpoints/best.safetensors", "checkpoints/last"  # in the run fo
 
 BatchT = TypeVar("BatchT", bound=Batch)
 Evaluation = TypeVar("Evaluation")
+
+
+@dataclass(frozen=True)
+class Trained(Generic[Evaluation]):
+    """What a training left behind.
+
+    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
+    cases, None where a signal ended the training before it was complete, and in processes but the main one.
+    skipped: training images that could not be used.
+    """
+
+    run: Path
+    reason: str
+    step: int
+    evaluation: Evaluation | None
+    skipped: Sequence[Skipped] = ()
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,11 @@ from medattn.errors import InputError
 from medattn.training.distributed import Processes
 from medattn.training.loop import Batch, Limits, Schedule
 from medattn.training.optimizers import make_optimizer
-from medattn_pipelines.fitting import Learner, fit_run
+from medattn_pipelines.fitting import Evaluation, Learner, Trained, fit_run
 from medattn_pipelines.imageconfig import ImageConfig
 from medattn_pipelines.panopticconfig import PanopticConfig
 
 AnyImageConfig = ImageConfig | PanopticConfig
-Evaluation = TypeVar("Evaluation")
 
 
 class ReadBatch(Batch, Protocol):
@@ -32,22 +30,6 @@ class ReadBatch(Batch, Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=ReadBatch)
-
-
-@dataclass(frozen=True)
-class Trained(Generic[Evaluation]):
-    """What a training left behind.
-
-    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    images, None where a signal ended the training before it was complete, and in processes but the main one.
-    skipped: training images that could not be used.
-    """
-
-    run: Path
-    reason: str
-    step: int
-    evaluation: Evaluation | None
-    skipped: Sequence[Skipped] = ()
 
 
 def start_from(network: nn.Module, source: nn.Module, folder: Path, head: str) -> None:

@@ -30,8 +30,8 @@ from medattn.training.distributed import Processes, joined
 from medattn.training.loop import RESERVE, Limits, Schedule, State
 from medattn.training.sharding import whole
 from medattn.training.synced_batch_norm import synchronise_batch_norms
-from medattn_pipelines.fitting import BEST, make_learner
-from medattn_pipelines.image_fitting import Trained, fit_images, make_image_optimizer, start_from
+from medattn_pipelines.fitting import BEST, Trained, make_learner
+from medattn_pipelines.image_fitting import fit_images, make_image_optimizer, start_from
 from medattn_pipelines.panoptic_evaluation import evaluate_files
 from medattn_pipelines.panoptic_inputs import (
     memory_format,

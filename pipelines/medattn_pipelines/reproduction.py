@@ -6,7 +6,7 @@ import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medattn.errors import InputError
 
@@ -147,20 +147,14 @@ def train_again(config: AnyConfig, record: RunRecord) -> str:
     """Train with as many threads as the run had; returns why it ended."""
     import torch
 
-    train: Callable[..., Any]
-    if config.task == "classification":
-        from medattn_pipelines.classification import train
-    elif config.task == "panoptic":
-        from medattn_pipelines.panoptic import train
-    else:
-        from medattn_pipelines.volumes import train
+    from medattn_pipelines.training import train_config
+
     threads = torch.get_num_threads()
     torch.set_num_threads(int(record.parameters.get("machine.threads", threads)))
     try:
-        reason: str = train(config).reason
+        return train_config(config).reason
     finally:
         torch.set_num_threads(threads)
-    return reason
 
 
 def _tell(rows: Sequence[Row], run: Path, output: Path, tolerance: float) -> int:

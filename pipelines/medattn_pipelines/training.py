@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medattn.errors import InputError
 
 if TYPE_CHECKING:
-    from medattn_pipelines.config import Config
-    from medattn_pipelines.imageconfig import ImageConfig
-    from medattn_pipelines.panopticconfig import PanopticConfig
+    from medattn_pipelines.configfile import AnyConfig
+    from medattn_pipelines.fitting import Trained
 
+WRITTEN = {
+    "volumes": ".nii.gz, and .seg.nrrd for 3D Slicer",
+    "classification": "predictions.csv",
+    "panoptic": "predictions.json, and pictures in overlays/",
+}
 TERMINATED = 128 + 15  # as a shell tells it of a process that SIGTERM ended
 
 
@@ -37,57 +41,38 @@ def train(args: Namespace) -> int:
     with joined(choose_device(config.training.device)) as processes:  # torchrun's, of which one prints
         resume = resumes(config.run_dir, args.resume, processes)
         overwrite = args.overwrite and not resume
-        if config.task == "classification":
-            code = _train_classifier(config, resume, overwrite)
-        elif config.task == "panoptic":
-            code = _train_panoptic(config, resume, overwrite)
-        else:
-            code = _train_volumes(config, resume, overwrite)
+        code = _tell(config, train_config(config, resume=resume, overwrite=overwrite))
         if code == TERMINATED:
             return code if processes.world > 1 else 0
         return code if processes.main else 0
 
 
-def _train_volumes(config: Config, resume: bool, overwrite: bool) -> int:
+def train_config(config: AnyConfig, *, resume: bool = False, overwrite: bool = False) -> Trained[Any]:
+    """Train by a config of any task."""
+    from medattn_pipelines import classification, panoptic, volumes
+
+    if config.task == "classification":
+        return classification.train(config, resume=resume, overwrite=overwrite)
+    if config.task == "panoptic":
+        return panoptic.train(config, resume=resume, overwrite=overwrite)
+    return volumes.train(config, resume=resume, overwrite=overwrite)
+
+
+def _tell(config: AnyConfig, done: Trained[Any]) -> int:
+    """Print what a training left behind; returns the exit code."""
+    from medattn_pipelines import image_evaluation, panoptic_evaluation
     from medattn_pipelines.progress import print_scores
-    from medattn_pipelines.volumes import train as train_volumes
 
-    done = train_volumes(config, resume=resume, overwrite=overwrite)
+    image_evaluation.print_unreadable("training images that cannot be used and were replaced", done.skipped)
     if done.evaluation is None:
         return _stopped(done.reason, done.step)
-    print_scores("Validation cases", done.evaluation.summary)
-    print(f"segmentations: {done.run / 'predictions'} (.nii.gz, and .seg.nrrd for 3D Slicer)")
-    print(f"model:         {done.run / 'model'}")
-    print(f"report:        {done.run / 'report' / 'report.html'}")
-    return 0
-
-
-def _train_classifier(config: ImageConfig, resume: bool, overwrite: bool) -> int:
-    from medattn_pipelines.classification import train as train_classifier
-    from medattn_pipelines.image_evaluation import print_summary, print_unreadable
-
-    done = train_classifier(config, resume=resume, overwrite=overwrite)
-    print_unreadable("training images that cannot be decoded and were replaced", done.skipped)
-    if done.evaluation is None:
-        return _stopped(done.reason, done.step)
-    print_summary("Validation images", done.evaluation)
-    print(f"predictions: {done.run / 'predictions' / 'predictions.csv'}")
-    print(f"model:       {done.run / 'model'}")
-    print(f"report:      {done.run / 'report' / 'report.html'}")
-    return 0
-
-
-def _train_panoptic(config: PanopticConfig, resume: bool, overwrite: bool) -> int:
-    from medattn_pipelines.image_evaluation import print_unreadable
-    from medattn_pipelines.panoptic import train as train_panoptic
-    from medattn_pipelines.panoptic_evaluation import print_summary
-
-    done = train_panoptic(config, resume=resume, overwrite=overwrite)
-    print_unreadable("training images that cannot be used and were replaced", done.skipped)
-    if done.evaluation is None:
-        return _stopped(done.reason, done.step)
-    print_summary("Validation images", done.evaluation)
-    print(f"predictions: {done.run / 'predictions' / 'predictions.json'} (pictures in overlays/ beside it)")
+    if config.task == "classification":
+        image_evaluation.print_summary("Validation images", done.evaluation)
+    elif config.task == "panoptic":
+        panoptic_evaluation.print_summary("Validation images", done.evaluation)
+    else:
+        print_scores("Validation cases", done.evaluation.summary)
+    print(f"predictions: {done.run / 'predictions'} ({WRITTEN[config.task]})")
     print(f"model:       {done.run / 'model'}")
     print(f"report:      {done.run / 'report' / 'report.html'}")
     return 0

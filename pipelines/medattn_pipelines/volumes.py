@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +38,7 @@ from medattn.training.sharding import whole
 from medattn.training.thin_maps import spare_thin_maps
 from medattn_pipelines.config import Config
 from medattn_pipelines.evaluation import evaluate
-from medattn_pipelines.fitting import BEST, fit_run, make_learner
+from medattn_pipelines.fitting import BEST, Trained, fit_run, make_learner
 from medattn_pipelines.prediction import segment_all
 from medattn_pipelines.progress import case_progress
 from medattn_pipelines.record import tell_cases
@@ -48,21 +47,7 @@ from medattn_pipelines.runs import choose_device, choose_precision, open_run
 MOMENTUM = 0.99  # of sgd, as in nnU-Net
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a training left behind.
-
-    reason: why it ended: "steps", "time", "patience", "SIGTERM" or "SIGINT". evaluation: of the validation
-    cases, None where a signal ended the training before it was complete, and in processes but the main one.
-    """
-
-    run: Path
-    reason: str
-    step: int
-    evaluation: Evaluation | None
-
-
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Trained:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Trained[Evaluation]:
     """Train a network and report on the validation cases.
 
     The run folder gets config.yaml, plan.json, metrics.jsonl, checkpoints/ and, unless a signal ended the
@@ -78,7 +63,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         return _train(config, processes, started, resume=resume, overwrite=overwrite)
 
 
-def _train(config: Config, processes: Processes, started: float, *, resume: bool, overwrite: bool) -> Trained:
+def _train(
+    config: Config, processes: Processes, started: float, *, resume: bool, overwrite: bool
+) -> Trained[Evaluation]:
     run = open_run(config, resume=resume, overwrite=overwrite, processes=processes)
     device = processes.device
     precision = choose_precision(config.training.precision, device)

@@ -195,7 +195,7 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(
     ]
     assert main(command) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "training images that cannot be decoded and were replaced: 1 (" in out
+    assert "training images that cannot be used and were replaced: 1 (" in out
     assert "train/n01/broken.png: cannot identify image" in out
     assert "images that cannot be decoded and count nowhere: 2 (val/n02/broken.png: " in out
     report = json.loads((tmp_path / "run/report/metrics.json").read_text())

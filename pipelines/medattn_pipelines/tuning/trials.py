@@ -20,8 +20,8 @@ from medattn.errors import InputError
 from medattn.training.loop import State
 from medattn.training.runrecord import now_ms
 from medattn.training.tracking import Pruned
-from medattn_pipelines.configfile import AnyConfig
 from medattn_pipelines.record import listening
+from medattn_pipelines.training import train_config
 from medattn_pipelines.tuning.measure import measure_model, peak_memory, require_memory
 from medattn_pipelines.tuning.sampling import CASES
 from medattn_pipelines.tuning.space import Measure
@@ -91,22 +91,11 @@ def _train(
     resume = taken_over(search.folder, folder, frozen.system_attrs.get(HISTORY, []))
     listener.steps = config.training.steps
     with peak_memory(config.training.device) as memory, listening(listener):
-        reason = train_config(config, resume=resume, overwrite=not resume)
+        reason = train_config(config, resume=resume, overwrite=not resume).reason
     measures = {"score": listener.best, **memory}
     if not reason.startswith("SIG") and {"latency", "parameters"} & wanted_measures(search):
         measures |= measure_model(config, folder / "model")
     return measures, reason
-
-
-def train_config(config: AnyConfig, *, resume: bool, overwrite: bool) -> str:
-    """Train by a config of any task; returns why it ended."""
-    from medattn_pipelines import classification, panoptic, volumes
-
-    if config.task == "classification":
-        return classification.train(config, resume=resume, overwrite=overwrite).reason
-    if config.task == "panoptic":
-        return panoptic.train(config, resume=resume, overwrite=overwrite).reason
-    return volumes.train(config, resume=resume, overwrite=overwrite).reason
 
 
 def wanted_measures(search: Search) -> set[Measure]:
