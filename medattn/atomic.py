@@ -67,13 +67,14 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
     Until then `path` is as it was; on an error it stays so. A kill may leave `path` absent for as long as two
     renames take, with what it was beside it: `restore_folder`, which this calls first, puts it back. The two
-    names beside it are fixed, so that kills leave no more than these.
+    names beside it are fixed, so that kills leave no more than these. Where the folder around `path` is gone,
+    as when another process took the run over, it is not made again: FileNotFoundError.
     """
     target = Path(path).resolve()
     restore_folder(target)
     temporary, previous = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
     except BaseException:

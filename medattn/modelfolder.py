@@ -25,14 +25,14 @@ def write_model(folder: Path, task: str, card: Mapping[str, Any], weights: Mappi
     task: what the model does. card: in plain values.
     """
     content = {"format": FORMAT, "task": task} | dict(card)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(folder) as building:  # not file by file: weights beside another's card mean nothing
         write_weights(building / "model.safetensors", weights)
         write_text(building / "model.json", json.dumps(content, indent=1) + "\n")
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors, whole or not at all, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write weights as safetensors, whole or not at all, into a folder that is there."""
     # contiguous: safetensors refuses weights that lie channels-last
     plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     with atomic_path(path) as temporary:

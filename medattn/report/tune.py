@@ -14,14 +14,14 @@ UNITS = {"score": "", "latency": "ms", "memory": "MiB", "parameters": ""}
 class Trial:
     """One trial. state: complete, pruned, failed, running or waiting.
 
-    values: dotted config path -> as text. measures: what was measured; empty unless complete. feasible: it
-    keeps all constraints. best: the best one or, of several objectives, one that none beats. curve: (step,
-    score) of each validation. note: why it failed.
+    values: dotted config path -> number or text. measures: what was measured; empty unless complete.
+    feasible: it keeps all constraints. best: the best one or, of several objectives, one that none beats.
+    curve: (step, score) of each validation. note: why it failed.
     """
 
     number: int
     state: str
-    values: Mapping[str, str]
+    values: Mapping[str, float | str]
     measures: Mapping[str, float]
     feasible: bool = True
     best: bool = False

@@ -22,6 +22,7 @@ def render(result: SearchResult) -> str:
     return template("tune.html.j2").render(
         result=result,
         shown=shown,
+        short=short,
         axis_name=axis_name,
         histories={
             name: Markup(history(result, name)) for name in result.objectives if _values(result, name)
@@ -37,6 +38,15 @@ def shown(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if name == "parameters" else f"{value:.3f}" if name == "score" else f"{value:.1f}"
+
+
+def short(value: float | str) -> str:
+    """A value for people: four digits of a number.
+
+    >>> short(0.00618212), short("unet"), short(8)
+    ('0.006182', 'unet', '8')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def axis_name(name: str) -> str:

@@ -17,14 +17,15 @@ MISSING = "does not have a deterministic implementation"  # torch's words
 def deterministic(wanted: bool) -> Iterator[None]:
     """While `wanted`, torch takes only algorithms that give the same bits each time; on CUDA they are slower.
 
-    To be entered before CUDA computes for the first time: cuBLAS looks at its setting once. Raises InputError
-    for an operation that has no such algorithm.
+    To be entered before CUDA computes for the first time: cuBLAS looks at its setting once, which stays.
+    Raises InputError for an operation that has no such algorithm.
     """
     if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its sums depend on what else runs
-    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # which algorithm is fastest differs from run to run
     try:
@@ -38,5 +39,5 @@ def deterministic(wanted: bool) -> Iterator[None]:
             "which this training needs; choose another network or set it to false"
         ) from None
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark

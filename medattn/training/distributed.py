@@ -38,11 +38,11 @@ from medattn.errors import InputError
 # at once by its closed connection, and torchrun ends the others
 WAIT = timedelta(days=7)
 
-K = TypeVar("K")
-# of gradients that are sent together. Torch's 25 hold most of a network of 30 MB, and are full when the
+# so much of the gradients is sent together. Torch's 25 hold most of a network of 30 MB, and are full when the
 # backward pass ends, which then hides nothing (docs/scaling.md)
 BUCKET_MIB = 5
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -78,11 +78,10 @@ class Processes:
 
     def total(self, *numbers: int) -> list[int]:
         """Each number summed over the processes."""
-        return [int(number) for number in self._reduced(torch.tensor(numbers), dist.ReduceOp.SUM)]
-
-    def largest(self, *numbers: float) -> list[float]:
-        """The largest of each number over the processes."""
-        return self._reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.MAX)
+        values = torch.tensor(numbers)
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values.tolist()
 
     def sums(self, *numbers: float) -> list[float]:
         """Each number summed over the processes in float64, by the way that gradients take.
@@ -110,8 +109,8 @@ class Processes:
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network with gradients that are means over the processes; it starts as the main process's.
 
-        Its buffers, such as batch norm's running statistics, are the main process's at each forward pass. A
-        network that is sharded sees to its gradients itself.
+        Its buffers, such as batch norm's running statistics, are the main process's at the first forward pass
+        of each step. A network that is sharded sees to its gradients itself.
         """
         if self.world == 1 or _set_gradient_sync(network) is not None:
             return network
@@ -123,11 +122,6 @@ class Processes:
         if self.world > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
-
-    def _reduced(self, numbers: Tensor, operation: Any) -> list[Any]:
-        if self.control is not None:
-            dist.all_reduce(numbers, operation, group=self.control)
-        return numbers.tolist()
 
 
 ALONE = Processes()
@@ -156,7 +150,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         return
     store = _emptied(store, rank, world)
     processes = _start(own_device(device), store, rank, world)
-    token, whole = _JOINED.set(processes), False
+    token, ended_well = _JOINED.set(processes), False
     try:
         with ExitStack() as quiet:
             if not processes.main:
@@ -165,7 +159,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
                 quiet.enter_context(redirect_stderr(nowhere))
             yield processes
             processes.wait()
-        whole = True
+        ended_well = True
     except BaseException as error:
         if not _first_to_fail(store):
             raise SystemExit(2) from None
@@ -178,7 +172,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     finally:
         _JOINED.reset(token)
         # after a failure, NCCL would wait for those who are gone; what it holds ends with the process
-        if whole or device.type != "cuda":
+        if ended_well or device.type != "cuda":
             dist.destroy_process_group()
 
 

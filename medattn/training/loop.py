@@ -146,7 +146,8 @@ def fit(
         if not stop and state.validated != state.step:
             _validate(state, validate, keep_best)
         clock.tick()
-        save()
+        if state.step:  # before the first step torch would make up what an optimizer has seen
+            save()
         stop, _ = clock.agree(processes, caught)
         return signal.Signals(stop).name if stop else reason
 

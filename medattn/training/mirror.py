@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from medattn.training.mlflow_run import MlflowRun
@@ -40,6 +40,7 @@ class Mirror:
         self._system = None if self._shared else SystemMetrics(run_dir)
         self._news, self._closing = threading.Event(), threading.Event()
         self._patient_until = 0.0
+        self._waits = False  # for the turn of another process, which is no silence of MLflow's
         self._caught_up = False
         self._warned = False
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
@@ -54,12 +55,15 @@ class Mirror:
         return self._caught_up and not self._news.is_set()
 
     def close(self) -> None:
-        """Send the rest, or give up CLOSE_SECONDS after MLflow's last answer; later while it takes a file."""
+        """Send the rest, or give up CLOSE_SECONDS after MLflow's last answer; later while it takes a file.
+
+        The turn of another process is waited for.
+        """
         self._patient_until = max(self._patient_until, time.monotonic() + CLOSE_SECONDS)
         self._closing.set()
         self._news.set()
-        while self._thread.is_alive() and (left := self._patient_until - time.monotonic()) > 0:
-            self._thread.join(left)
+        while self._thread.is_alive() and (self._waits or time.monotonic() < self._patient_until):
+            self._thread.join(0.1)
         if self._thread.is_alive():
             self._warn("no answer in time")
 
@@ -73,7 +77,7 @@ class Mirror:
             self._news.clear()
             last = self._closing.is_set()
             try:
-                with self._turn():
+                with self._my_turn():
                     if copy is None or self._shared:  # others may have sent what is there by now
                         copy = MlflowRun(self._run_dir, self._record, self._uri, self._expect)
                     copy.update()
@@ -86,6 +90,17 @@ class Mirror:
             if last:
                 return
             self._wait(RETRY_SECONDS if copy is None else SEND_SECONDS)
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            self._waits = self._shared
+            try:
+                stack.enter_context(self._turn())
+                self._expect(CLOSE_SECONDS)
+            finally:
+                self._waits = False
+            yield
 
     def _wait(self, seconds: float) -> None:
         """For the end of the run; or so long and then for news. Looks at the machine meanwhile."""

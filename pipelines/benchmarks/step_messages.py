@@ -146,13 +146,13 @@ def buckets(gradients: Sequence[tuple[float, int]], cap: int = BUCKET) -> list[t
     return [*done, (gradients[-1][0], total)] if total else done
 
 
-def messages(work: Work, *, synced: bool = False, accumulate: int = 1, cap: int = BUCKET) -> list[Message]:
+def messages(work: Work, *, synced: bool = False, accumulate: int = 1) -> list[Message]:
     """All that a process takes part in during a step under DistributedDataParallel.
 
     synced: batch norm over all processes. accumulate: batches per step.
     """
     return [
-        *(Message("all-reduce", "gradients", size) for _, size in buckets(work.gradients, cap)),
+        *(Message("all-reduce", "gradients", size) for _, size in buckets(work.gradients)),
         *(Message("broadcast", "buffers", size) for size in work.buffers),
         *(Message("all-reduce", "norms", 4 * c, 4 * accumulate) for c in work.norms if synced),
         *_agreements(work, accumulate),
@@ -160,7 +160,7 @@ def messages(work: Work, *, synced: bool = False, accumulate: int = 1, cap: int 
 
 
 def sharded_messages(work: Work, world: int, *, accumulate: int = 1) -> list[Message]:
-    """All that a process takes part in during a step with sharded weights.
+    """What a process takes part in during a step with sharded weights; LAMB adds sums of its norms.
 
     Blocks are gathered for each pass forward and each backward; what is in none stays whole in between.
     Gradients are scattered once. Every tensor is filled up to a multiple of `world` along its first axis.

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from medattn.atomic import write_text
 from medattn.data.images.reading import Skipped
+from medattn.errors import InputError
 from medattn.modelfolder import write_weights
 from medattn.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from medattn.training.distributed import ALONE, Processes
@@ -67,6 +68,11 @@ class Learner:
         """Go on where `save` was called, in as many processes as there are now; if never, at the start."""
         with processes.main_first():  # it may have to put the folder in order
             found = has_checkpoint(run / LAST)
+        if len(set(processes.gathered(found))) > 1:
+            raise InputError(
+                f"{run / LAST}: only some of the processes see this checkpoint; all must see one file "
+                "system: move the run there, then --resume"
+            )
         if found:
             load_checkpoint(run / LAST, self.network, self.averaged, self.optimizer, self.state)
 
@@ -137,13 +143,14 @@ def fit_run(
     def score_of_all() -> float:
         if watch is not None:
             watch.check()
-        processes.share_buffers(averaged)
+        processes.share_buffers(averaged.module)
         with whole(averaged):
             return record.validation(*validate())
 
     batches = _own_chance(batches, config.seed, state.step * accumulate, processes.rank)
     wrapped = processes.wrap(learner.network if model is None else model)
     with _recorded(config, run, state, limits, score, resume, processes, watch) as record:
+        processes.wait()  # long, if the main one has much to read; steps wait for minutes only
         reason = fit(
             wrapped,
             batches,

@@ -112,7 +112,7 @@ def _write_manifest(
     }
     if segmenter.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(segmenter.device)
-        content["gpu_peak_bytes"] = int(processes.largest(peak)[0])
+        content["gpu_peak_bytes"] = max(processes.gathered(peak))
     if processes.main:
         write_text(output / "report.json", json.dumps(content, indent=1) + "\n")
 

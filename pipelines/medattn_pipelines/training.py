@@ -49,12 +49,17 @@ def train(args: Namespace) -> int:
 
 def train_config(config: AnyConfig, *, resume: bool = False, overwrite: bool = False) -> Trained[Any]:
     """Train by a config of any task."""
-    from medattn_pipelines import classification, panoptic, volumes
-
+    # one of them alone, as each takes seconds
     if config.task == "classification":
+        from medattn_pipelines import classification
+
         return classification.train(config, resume=resume, overwrite=overwrite)
     if config.task == "panoptic":
+        from medattn_pipelines import panoptic
+
         return panoptic.train(config, resume=resume, overwrite=overwrite)
+    from medattn_pipelines import volumes
+
     return volumes.train(config, resume=resume, overwrite=overwrite)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medattn.atomic import atomic_path, write_text
+from medattn.atomic import atomic_path, replaced_folder, write_text
 
 FULL_DISK = """
 import resource, sys
@@ -94,3 +94,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, suffix
     assert done.returncode == 3, done.stderr
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replaced_folder_does_not_bring_back_the_one_around_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "moved/last"):
+        pytest.fail("the run is another's by now")
+    assert not (tmp_path / "moved").exists()

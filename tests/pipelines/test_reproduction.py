@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from medattn.data.phantom import write_phantoms
 from medattn.errors import InputError
+from medattn.training.runrecord import read_record
 from medattn_pipelines.cli import main
+from medattn_pipelines.configfile import load_any
+from medattn_pipelines.reproduction import differences
 from medattn_pipelines.runcompare import compare_runs
 
 TINY = [
@@ -75,6 +78,17 @@ def test_a_run_is_repeated_to_the_bit(trained: Path, capsys: pytest.CaptureFixtu
         main(["reproduce", str(trained), "--tolerance", "-1"])
     assert main(["reproduce", str(trained)]) == 2
     assert "run_reproduced: exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_on_cuda_is_equal_to_the_bit_only_where_it_was_deterministic(
+    trained: Path, deterministic: bool
+) -> None:
+    record = read_record(trained)
+    record.parameters["machine.device"] = "cuda"
+    config = load_any(trained / "config.yaml", [f"training.deterministic={str(deterministic).lower()}"])
+    warned = [sentence for sentence in differences(record, config) if "training.deterministic" in sentence]
+    assert len(warned) == (not deterministic)
 
 
 @pytest.mark.parametrize("network", ["unet_block", "unet_axial"])

@@ -25,6 +25,7 @@ from medattn.training.loop import Limits, Schedule, State, averaged_model, fit
 from medattn.training.optimizers import make_optimizer
 from medattn.training.sharding import is_sharded, shard, whole
 from medattn.training.synced_batch_norm import synchronise_batch_norms
+from medattn_pipelines.fitting import Learner
 
 SHARED_BATCH = 8
 
@@ -54,6 +55,29 @@ def network(norm: bool) -> nn.Module:
     return nn.Sequential(first, nn.Linear(12, 1))
 
 
+class View(nn.Module):
+    """Writes into a view that a block of its returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Turned(), Turned()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            x += 1
+        return x
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).flip(1).view(len(x), 6)
+
+
 def loss_of(model: nn.Module, batch: Rows) -> Tensor:
     return ((model(batch.rows)[:, 0] - batch.rows.sum(1).tanh()) ** 2).mean()
 
@@ -74,6 +98,8 @@ def trained(
     begin, end: checkpoints to go on from and to leave.
     """
     model = network(norm)
+    if "first" in events:
+        model.insert(0, events["first"]())
     if norm:
         synchronise_batch_norms(model)
     averaged, state, measured = averaged_model(model, 0.9), State(), []
@@ -110,7 +136,7 @@ def trained(
         validate=validate,
         keep_best=lambda: None,
         save=lambda: None,
-        started=time.monotonic() - (1000 * processes.rank if "max_seconds" in events else 0),
+        started=time.monotonic() - (1000 if processes.rank in events.get("late", ()) else 0),
         accumulate=accumulate,
         processes=processes,
     )
@@ -142,6 +168,7 @@ def all_results(processes: Processes) -> dict[str, Any]:
         "sharded lamb": trained(processes, sharded=True, optimizer_name="lamb"),
         "sharded lookahead": trained(processes, sharded=True, optimizer_name="radam_lookahead"),
         "sharded sgd": trained(processes, sharded=True, optimizer_name="sgd"),
+        "sharded views": trained(processes, sharded=True, first=View),
         "sums": gradient_of_sums(processes),
     }
 
@@ -154,11 +181,11 @@ def results_of_many(processes: Processes, folder: Path) -> dict[str, Any]:
     # caught by the last process in its third step: all stop after it
     results["signal"] = half_of_a_training(processes, folder / "many", sharded=True, by=last)
     results["resumed"] = trained(processes, accumulate=2, sharded=True, begin=folder / "alone")
-    # the clocks of the others are 1000 s ahead: the main one's counts
-    results["time"] = trained(processes, steps=10**9, max_seconds=0.5)
+    # where clocks differ by more than the limit, the main process's counts
+    results["time"] = trained(processes, steps=10**9, max_seconds=500, late=[0])
+    results["time of others"] = trained(processes, max_seconds=500, late=range(1, processes.world))
     results["agreements"] = {
         "total": processes.total(processes.rank, 1),
-        "largest": processes.largest(-processes.rank, processes.rank),
         "sums": processes.sums(0.5, processes.rank),
         "gathered": processes.gathered(f"process {processes.rank}"),
     }
@@ -203,8 +230,18 @@ def keep_saving(processes: Processes, folder: Path, *, full: bool = False, kille
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
+def load_elsewhere(processes: Processes, folder: Path) -> None:
+    """Go on with a checkpoint that the main process's disk alone has."""
+    model = network(norm=False)
+    learner = Learner(model, averaged_model(model, 0.9), torch.optim.AdamW(model.parameters()))
+    learner.save(folder / "disk_0", processes)
+    learner.load(folder / f"disk_{processes.rank}", processes)
+
+
 def main(task: str, folder: Path) -> None:
     rank = 0
+    if "killed" in task:  # torchrun ends the others with it, perhaps before they have told what they saw
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with joined(torch.device("cpu")) as processes:
             rank = processes.rank
@@ -230,6 +267,8 @@ def main(task: str, folder: Path) -> None:
                 if rank == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 trained(processes, steps=10**9)
+            elif task == "load elsewhere":
+                load_elsewhere(processes, folder)
             elif task == "disagree" and rank == 0:
                 raise ValueError("only the main process fails")
     except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,11 +17,30 @@ def without_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
+@pytest.fixture(params=[(False, False, False), (True, True, True), (True, False, True)])
+def modes(request: pytest.FixtureRequest) -> Iterator[tuple[bool, ...]]:
+    """Enabled or not, with warnings alone or not, and cuDNN's choice of what is fastest."""
+    enabled, warn_only, benchmark = request.param
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = benchmark
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
+def current() -> tuple[bool, ...]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+
+
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_mode_lasts_as_long_as_its_block(wanted: bool) -> None:
+def test_the_mode_lasts_as_long_as_its_block(modes: tuple[bool, ...], wanted: bool) -> None:
     with deterministic(wanted):
-        assert torch.are_deterministic_algorithms_enabled() == wanted
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert current() == ((True, False, False) if wanted else modes)
+    assert current() == modes
 
 
 def test_an_operation_without_an_algorithm_is_named() -> None:

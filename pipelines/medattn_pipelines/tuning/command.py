@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from medattn.errors import InputError
@@ -77,19 +81,22 @@ def _tune(search: Search, args: Namespace) -> int:
     from medattn_pipelines.tuning.store import open_store, patiently
     from medattn_pipelines.tuning.study import join_study, requeue
     from medattn_pipelines.tuning.sweeprecord import SweepRecord
-    from medattn_pipelines.tuning.worker import work
+    from medattn_pipelines.tuning.worker import Work, wanted_trials, work
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = args.storage or f"journal:{search.folder / 'study.journal'}"
     search.folder.mkdir(parents=True, exist_ok=True)
     store = open_store(url, search.name, heartbeat=args.heartbeat, requeue=requeue)
-    with _closed(store), store.outages(), warnings.catch_warnings():
+    with _closed(store), store.outages(), warnings.catch_warnings(), stoppable():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # the worker sends it, not Study.optimize
         study = join_study(search, store)
         print(f"study {search.name!r} in {redacted(url)}, runs in {search.folder}", flush=True)
         minutes = args.timeout or search.space.timeout_minutes
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
         with SweepRecord(search, study, store) as record:
-            done = work(search, study, store, record, trials=args.trials, minutes=minutes)
+            target = wanted_trials(search, study, args.trials)
+            done = work(Work(search, study, store, record, target, deadline))
 
             def write_results() -> None:
                 with store.turn():  # workers that end together write the same files
@@ -98,6 +105,23 @@ def _tune(search: Search, args: Namespace) -> int:
 
             patiently(store, write_results)
     return 2 if done.reason == "SIGINT" else 0
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt that says its name; trainings inside catch the signal themselves."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

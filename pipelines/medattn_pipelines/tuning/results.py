@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 import medattn
 from medattn.atomic import write_text
 from medattn.report.tune import SearchResult, Trial, to_csv
-from medattn.report.tune_page import axis_name, render, shown
+from medattn.report.tune_page import axis_name, render, short, shown
 from medattn_pipelines.configfile import dump
 from medattn_pipelines.progress import print_table
 from medattn_pipelines.tuning.sampling import from_optuna
@@ -125,7 +125,7 @@ def _row(search: Search, trial: FrozenTrial, best: list[FrozenTrial]) -> Trial:
     return Trial(
         number=trial.number,
         state=STATES[trial.state],
-        values={path: _text(found) for path, found in trial.params.items()},
+        values=dict(trial.params),
         measures={name: attributes[name] for name in UNITS if name in attributes},
         feasible=is_feasible(trial),
         best=any(trial.number == one.number for one in best),
@@ -133,10 +133,6 @@ def _row(search: Search, trial: FrozenTrial, best: list[FrozenTrial]) -> Trial:
         curve=sorted(trial.intermediate_values.items()),
         note=str(attributes.get("failure", "")) if trial.state == TrialState.FAIL else "",
     )
-
-
-def _text(found: Any) -> str:
-    return f"{found:.4g}" if isinstance(found, float) else str(found)
 
 
 def _constraints(search: Search) -> list[str]:
@@ -163,7 +159,7 @@ def _print(search: Search, result: SearchResult, done: Done) -> None:
         (
             f"{trial.number}{' best' if trial.best else '' if trial.feasible else ' breaks a constraint'}",
             *(shown(name, trial.measures[name]) for name in result.objectives),
-            *(trial.values.get(path, "-") for path in result.paths),
+            *(short(trial.values.get(path, "-")) for path in result.paths),
         )
         for trial in ranked[:ROWS]
     ]

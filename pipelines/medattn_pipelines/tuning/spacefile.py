@@ -71,7 +71,7 @@ class Search:
     @property
     def tracking(self) -> bool:
         """Whether MLflow follows."""
-        return bool(self._run("tracking", True))
+        return load_source(self.base).run.tracking
 
     @property
     def experiment(self) -> str:

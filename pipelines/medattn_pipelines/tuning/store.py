@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 
 WORKER = "worker"  # a trial's attribute: the name of the worker that has it
 GRACE = 3  # heartbeats that may fail to come
+SETTLED = 2  # heartbeats after an outage until those that do not come mean anything: all failed meanwhile
+# libpq's, in seconds and ms, so that a database behind a dead line shows within a minute
+CONNECTION = {
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "tcp_user_timeout": "60000",
+}
 SCHEMES = ("postgresql", "postgres")
 
 Requeue = Callable[[Study, FrozenTrial], None]
@@ -56,7 +64,10 @@ class Store(Protocol):
         """A context in which no other worker of the study asks for a trial, or is at something else."""
 
     def away(self, error: Exception) -> bool:
-        """Whether an error says that the storage cannot be reached, as while its server starts again."""
+        """Whether an error says that the storage cannot be reached, as while its server starts again.
+
+        The store keeps that in mind.
+        """
 
     def fail_dead(self, study: Study) -> None:
         """In a turn: fail trials whose workers are gone, and hand each to `requeue`."""
@@ -98,6 +109,14 @@ class _JournalLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         # not the .lock of optuna-dashboard, which takes one that is there for a dead process's and removes it
         self._held = _locked(self._path.with_name(self._path.name + ".writing"))
+        try:
+            self._mend()
+        except BaseException:  # of SIGTERM too, after which this process still writes results
+            self.release()
+            raise
+        return True
+
+    def _mend(self) -> None:
         with self._path.open("rb+") as file:
             content = file.seek(0, os.SEEK_END)
             if content:
@@ -105,7 +124,6 @@ class _JournalLock(JournalFileOpenLock):
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-        return True
 
     def release(self) -> None:
         if self._held is not None:
@@ -216,9 +234,10 @@ class PostgresStore:
         self._url, self._study, self._requeue, self._heartbeat = url, study, requeue, heartbeat
         self.patience = float(GRACE * heartbeat)  # then the others run its trial anyhow
         self.worker = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        address = "postgresql+psycopg:" + url.partition(":")[2]
+        self._unreached = time.monotonic()  # when it last was not, as far as this worker can tell
         with self.outages(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
+            address = _address(url)
             self._engine = self._connect(address)
             with self.turn():  # two that make the tables at the same time would collide
                 self._rdb = RDBStorage(
@@ -268,10 +287,15 @@ class PostgresStore:
         from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        return isinstance(cause, InterfaceError | OperationalError | PendingRollbackError)
+        away = isinstance(cause, InterfaceError | OperationalError | PendingRollbackError)
+        if away:
+            self._unreached = time.monotonic()
+        return away
 
     def fail_dead(self, study: Study) -> None:
-        """See Store."""
+        """See Store; not soon after an outage, in which the living could not show themselves either."""
+        if time.monotonic() - self._unreached < SETTLED * self._heartbeat:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             fail_stale_trials(study)
@@ -282,12 +306,16 @@ class PostgresStore:
     @contextmanager
     def alive(self, trial: Trial) -> Iterator[None]:
         """See Store; a thread says it every `heartbeat` seconds."""
+        from sqlalchemy.exc import SQLAlchemyError
+
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(self._heartbeat):
-                with _unheard():
+                try:
                     self._rdb.record_heartbeat(trial._trial_id)
+                except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+                    self.away(error)  # one of GRACE; the next one may come through
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         with ExitStack() as stack:
@@ -303,15 +331,12 @@ class PostgresStore:
         self._engine.dispose()
 
 
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """A heartbeat that fails is one of GRACE; the next one may come through."""
-    from sqlalchemy.exc import SQLAlchemyError
+def _address(url: str) -> str:
+    """The URL as SQLAlchemy and psycopg take it, with what CONNECTION says where it says nothing else."""
+    from sqlalchemy import make_url
 
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError):
-        return
+    address = make_url("postgresql+psycopg:" + url.partition(":")[2])
+    return address.update_query_dict(CONNECTION | dict(address.query)).render_as_string(hide_password=False)
 
 
 def patiently(store: Store, call: Callable[[], Result]) -> Result:

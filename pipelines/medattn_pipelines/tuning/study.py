@@ -11,7 +11,9 @@ from typing import Any
 from optuna.study import Study, create_study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from medattn.atomic import require_new_folder
 from medattn.errors import InputError
+from medattn.training.runrecord import FILE, read_record
 from medattn_pipelines.configfile import leaves
 from medattn_pipelines.tuning.sampling import grid_trials, make_pruner
 from medattn_pipelines.tuning.spacefile import Search
@@ -51,14 +53,12 @@ def join_study(search: Search, store: Store) -> Study:
             load_if_exists=True,
             pruner=pruner,
         )
+        if KEY not in study.user_attrs:
+            study.set_user_attr(KEY, uuid.uuid4().hex)
+        _require_own_folder(search.folder, study.user_attrs[KEY])
         mine = _signature(search)
         found = study.user_attrs.get(SPACE)
         if found is None:
-            if others := sorted(search.folder.glob("trial_*")):
-                raise InputError(
-                    f"{search.folder}: holds {others[0].name} of another search; choose another run.dir, or "
-                    "remove the folder"
-                )
             if space.sampler.name == "grid":
                 for trial in grid_trials(space):
                     study.add_trial(trial)
@@ -68,9 +68,16 @@ def join_study(search: Search, store: Store) -> Study:
                 f"{search.file.path}: the study {search.name!r} was begun with another {', '.join(changed)}; "
                 "its trials cannot be compared: give the space another file name, or another --storage"
             )
-        if KEY not in study.user_attrs:
-            study.set_user_attr(KEY, uuid.uuid4().hex)
     return study
+
+
+def _require_own_folder(folder: Path, key: str) -> None:
+    """Raise InputError where a folder holds trials or the record of another run than that of the key."""
+    there = [path.name for path in (folder / FILE, *sorted(folder.glob("trial_*"))) if path.exists()]
+    if there and (there[0] != FILE or read_record(folder).key != key):
+        raise InputError(
+            f"{folder}: holds {there[-1]} of another search; choose another run.dir, or remove the folder"
+        )
 
 
 def _signature(search: Search) -> dict[str, str]:
@@ -117,10 +124,12 @@ def taken_over(study: Path, folder: Path, history: list[int]) -> bool:
     """Go on with the run of a trial that was not finished: True where it had begun.
 
     The folder is renamed first. A worker that was given up and is not dead then finds it gone and stops.
+    Raises InputError where something of the new name is there.
     """
     for number in reversed(history):
         old = trial_folder(study, number)
         if (old / "checkpoints").is_dir():  # the first of what a training writes
+            require_new_folder(folder)
             old.rename(folder)
             return True
     return False

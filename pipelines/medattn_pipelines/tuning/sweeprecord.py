@@ -19,7 +19,7 @@ from medattn.errors import InputError
 from medattn.training.mirror import Mirror
 from medattn.training.mlflow_store import uri_for
 from medattn.training.redaction import redacted
-from medattn.training.runrecord import FILE, METRICS, RunRecord, hold, new_record, provenance, read_record
+from medattn.training.runrecord import FILE, METRICS, hold, is_held, new_record, provenance, read_record
 from medattn_pipelines.configfile import leaves
 from medattn_pipelines.tracksync import sync
 from medattn_pipelines.tuning.results import best_trials, is_feasible
@@ -52,10 +52,12 @@ class SweepRecord:
         self._file = (folder / METRICS).open("a+", encoding="utf-8")
         hold(self._file, shared=True)
         with store.turn():
-            found = _found(search, key)
-            if found is None:  # whatever lies there is of another search
-                self._file.truncate(0)
-            self.record = found or new_record(search.name, search.experiment, search.parent, key)
+            # join_study has seen that what lies there is of this search
+            self.record = (
+                read_record(folder)
+                if (folder / FILE).exists()
+                else new_record(search.name, search.experiment, search.parent, key)
+            )
             uri = uri_for(folder)
             self.record.tracking_uri = redacted(uri) if search.tracking else None
             self.record.begin(_parameters(search), provenance(), ())
@@ -113,7 +115,7 @@ class SweepRecord:
         self._mirror.close()
         if self._best is not None and self._mirror.idle():
             try:
-                with self._store.turn(SENDING):
+                with self._store.outages(), self._store.turn(SENDING):
                     sync(self._best)  # which registers its model
             except InputError as error:
                 logger.warning("%s", error)
@@ -124,16 +126,11 @@ class SweepRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        self._file.close()
+        if error is not None and not is_held(self._search.folder / METRICS):  # else others go on with it
             self.record.end("failed" if isinstance(error, Exception) else "killed")
             self.record.write(self._search.folder)
         self.close()
-
-
-def _found(search: Search, key: str) -> RunRecord | None:
-    """As this or another worker left it in the folder."""
-    found = read_record(search.folder) if (search.folder / FILE).exists() else None
-    return found if found is not None and found.key == key else None
 
 
 def _parameters(search: Search) -> dict[str, str]:
@@ -143,7 +140,7 @@ def _parameters(search: Search) -> dict[str, str]:
         f"space.{path}": label(kind.model_dump(exclude_defaults=True)) for path, kind in space.space.items()
     }
     given |= {
-        name: label(space.model_dump()[name])
+        f"search.{name}": label(space.model_dump()[name])
         for name in ("objectives", "constraints", "sampler", "pruner", "trials", "seed")
     }
     shared = {path: label(value) for path, value in leaves(search.base.content) if path not in space.space}

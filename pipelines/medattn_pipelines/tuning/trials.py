@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from medattn.errors import InputError
 from medattn.training.loop import State
@@ -30,6 +29,7 @@ from medattn_pipelines.tuning.store import Store, patiently
 from medattn_pipelines.tuning.study import ENDED, HISTORY, KEY, requeue, taken_over, trial_folder
 
 FAILURE, SECONDS = "failure", "seconds"  # attributes of trials
+GIVEN_UP = ", as it was given up and is run again"
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,24 @@ class Outcome:
 
 def run_trial(search: Search, study: Study, store: Store, trial: Trial, values: Mapping[str, Any]) -> Outcome:
     """Train with the values of a trial, and write into the study what came of it."""
-    folder = trial_folder(search.folder, trial.number)
     listener = _Listener(trial, store, reports=list(search.space.objectives) == ["score"])
-    end = _End(study, store, trial, listener, folder)
+    end = _End(search, study, store, trial, listener)
     try:
         measures, reason = _train(search, study, store, trial, values, listener)
         if reason.startswith("SIG"):
-            _stop(study, trial)
+            _stop(study, store, trial)
             return Outcome(
                 f"stopped by {reason}; the same command goes on from its checkpoint", signal=reason
             )
     except Pruned:
         return end.tell(TrialState.PRUNED, f"pruned at {listener.best:.3f}")
     except optuna.exceptions.UpdateFinishedTrialError:
-        return Outcome("stopped, as it was given up and is run again")
+        return Outcome(f"stopped{GIVEN_UP}")
     except (InputError, MemoryError, torch.OutOfMemoryError) as error:
         sentence = str(error) if isinstance(error, InputError) else f"out of memory ({error})"
         return end.tell(TrialState.FAIL, sentence)
     except KeyboardInterrupt:
-        _stop(study, trial)
+        _stop(study, store, trial)
         raise
     except Exception as error:
         if not store.away(error):
@@ -70,7 +69,7 @@ def run_trial(search: Search, study: Study, store: Store, trial: Trial, values: 
     finally:
         gc.collect()  # a network is a circle of references: the next one needs its memory
     text = ", ".join(f"{name} {measures[name]:.4g}" for name in measures)
-    return end.tell(TrialState.COMPLETE, text, search, measures)
+    return end.tell(TrialState.COMPLETE, text, measures)
 
 
 def _train(
@@ -169,36 +168,32 @@ class _Listener:
             del self.untold[step]
 
 
-def _stop(study: Study, trial: Trial) -> None:
-    frozen = study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    requeue(study, frozen, killed=False)
+def _stop(study: Study, store: Store, trial: Trial) -> None:
+    """Have a trial run again, unless it was given up and another worker has seen to that."""
+    with store.turn():
+        if not trial.storage.get_trial(trial._trial_id).state.is_finished():
+            requeue(study, study.tell(trial, state=TrialState.FAIL), killed=False)
 
 
 @dataclass
 class _End:
     """Tells the study how a trial ended, as soon as the storage is there."""
 
+    search: Search
     study: Study
     store: Store
     trial: Trial
     listener: _Listener
-    folder: Path
     started: float = field(default_factory=time.monotonic)
 
-    def tell(
-        self,
-        state: TrialState,
-        text: str,
-        search: Search | None = None,
-        measures: Mapping[str, float] | None = None,
-    ) -> Outcome:
-        """search and measures: of a complete trial."""
+    def tell(self, state: TrialState, text: str, measures: Mapping[str, float] | None = None) -> Outcome:
+        """measures: of a complete trial."""
         failed, seconds = state == TrialState.FAIL, round(time.monotonic() - self.started, 1)
         attributes = {SECONDS: seconds, ENDED: now_ms() / 1000, **(measures or {})}
-        limits = excesses(search, measures) if search and measures else {}
-        values = [measures[name] for name in search.space.objectives] if search and measures else None
+        limits = excesses(self.search, measures) if measures else {}
+        values = [measures[name] for name in self.search.space.objectives] if measures else None
 
-        def write() -> TrialState:
+        def write() -> FrozenTrial:
             with _finished_by_others():
                 self.listener.tell()
                 for name, value in (attributes | ({FAILURE: text} if failed else {})).items():
@@ -206,12 +201,14 @@ class _End:
                 for name, excess in limits.items():
                     self.trial.set_constraint(name, excess)
             # a tell whose answer was lost is not told twice
-            return self.study.tell(self.trial, values, state=state, skip_if_finished=True).state
+            return self.study.tell(self.trial, values, state=state, skip_if_finished=True)
 
-        if patiently(self.store, write) != state:
-            return Outcome(f"{text}; not counted, as it was given up and is run again")
+        told = patiently(self.store, write)
+        if told.state != state or told.user_attrs.get(ENDED) != attributes[ENDED]:
+            return Outcome(f"{text}; not counted{GIVEN_UP}")
         if not failed:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # model/ holds the best weights
+            folder = trial_folder(self.search.folder, self.trial.number)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # model/ holds the best weights
         return Outcome(f"failed: {text}" if failed else text, failed)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from optuna.study import Study
@@ -30,13 +31,13 @@ class Done:
     """How a worker's part ended. reason: "trials", "timeout", "grid", "SIGTERM" or "SIGINT"."""
 
     reason: str
-    complete: int
     target: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker has. deadline: monotonic seconds, when it starts no more trials."""
+    """What a worker has. target: complete trials of all workers. deadline: monotonic seconds, when it starts
+    no more trials."""
 
     search: Search
     study: Study
@@ -46,38 +47,43 @@ class Work:
     deadline: float | None
 
 
-def work(
-    search: Search,
-    study: Study,
-    store: Store,
-    record: SweepRecord,
-    *,
-    trials: int | None,
-    minutes: float | None,
-) -> Done:
-    """Run trials until the study has enough complete ones, counting those of all workers."""
+def wanted_trials(search: Search, study: Study, trials: int | None) -> int:
+    """How many complete trials a study is to have; trials: what the command line says."""
     default = len(study.trials) if search.space.sampler.name == "grid" else DEFAULT_TRIALS
-    target, started = trials or search.space.trials or default, time.monotonic()
-    deadline = None if minutes is None else started + 60 * minutes
-    mine = Work(search, study, store, record, target, deadline)
+    return trials or search.space.trials or default
+
+
+def work(mine: Work) -> Done:
+    """Run trials until the study has enough complete ones, counting those of all workers.
+
+    Ctrl-C, and SIGTERM where `stoppable` makes it a KeyboardInterrupt, end it between trainings as within.
+    """
+    try:
+        return _work(mine)
+    except KeyboardInterrupt as interrupt:
+        return Done(str(interrupt) or "SIGINT", mine.target)
+
+
+def _work(mine: Work) -> Done:
+    study, store, target, started = mine.study, mine.store, mine.target, time.monotonic()
     failures, told = 0, False
     while True:
         with ExitStack() as stack:
-            found = patiently(store, lambda stack=stack: _next(mine, stack))  # type: ignore[misc]
+            found = patiently(store, partial(_next, mine, stack))
             if isinstance(found, Done):
                 return found
             if found is not None:
                 trial, values, complete = found
                 print(f"trial {trial.number} ({complete} of {target} complete): {_shown(values)}", flush=True)
-                outcome = run_trial(search, study, store, trial, values)
+                outcome = run_trial(mine.search, study, store, trial, values)
                 left = patiently(store, lambda: _left(study, target, started))
                 print(f"trial {trial.number}: {outcome.text}{left}", flush=True)
                 if outcome.signal:
-                    return Done(outcome.signal, complete, target)
+                    return Done(outcome.signal, target)
                 failures = failures + 1 if outcome.failed else 0
                 if failures >= MOST_FAILURES:
                     raise InputError(
-                        f"{search.file.path}: {failures} trials failed in succession; {outcome.text}"
+                        f"{mine.search.file.path}: {failures} trials failed in succession; {outcome.text}"
                     )
         if found is None:
             if not told:
@@ -99,11 +105,11 @@ def _next(mine: Work, stack: ExitStack) -> Done | tuple[Trial, dict[str, Any], i
             states.count(state) for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
         )
         if complete >= mine.target:
-            return Done("trials", complete, mine.target)
+            return Done("trials", mine.target)
         if mine.deadline is not None and time.monotonic() >= mine.deadline:
-            return Done("timeout", complete, mine.target)
+            return Done("timeout", mine.target)
         if grid and not waiting and not running:
-            return Done("grid", complete, mine.target)
+            return Done("grid", mine.target)
         if complete + running >= mine.target or (grid and not waiting):
             return None
         return *_ask(mine, len(states), stack), complete

@@ -110,7 +110,7 @@ def test_a_search_leaves_a_config_a_table_and_a_page(
     assert [row["state"] for row in rows] == ["complete"] * 2
     winners = [row for row in rows if row["best"] == "True"]
     top = max(winners, key=lambda row: float(row["score"]))
-    assert best.training.learning_rate == pytest.approx(float(top["training.learning_rate"]), rel=1e-3)
+    assert best.training.learning_rate == float(top["training.learning_rate"]), "not in full precision"
     # trial folders are runs; their checkpoints, of use to nobody, are gone
     assert (folder / "trial_0000/model/model.json").is_file()
     assert not (folder / "trial_0000/checkpoints").exists()

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from medattn.data.phantom import write_phantoms
 from medattn_pipelines.tuning.store import open_store
+from medattn_pipelines.tuning.study import requeue
 
 SECRET = "s3cr3t/of@anna"
 SPACE = """\
@@ -279,6 +280,7 @@ def test_a_training_outlives_the_database_and_its_result_arrives(cluster: Cluste
         worker.kill()
     told = log.read_text()
     assert "the storage is away; waiting 6 s for it" in told
+    assert "Warning" not in told
     assert told.splitlines()[-1].startswith(("error: --storage postgresql://anna:***@", "medattn"))
     assert "Traceback" not in told
     assert "s3cr3t" not in told
@@ -297,3 +299,49 @@ def test_a_training_outlives_the_database_and_its_result_arrives(cluster: Cluste
     assert trials[2].values == [max(scores)]
     assert _steps(study / "trial_0002") == list(range(1, 101))
     assert not second.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_an_outage_takes_no_trial_from_a_worker_that_lives(cluster: Cluster, tmp_path: Path) -> None:
+    """Neither by one that saw the outage nor by one that starts right after it; a dead one's is taken."""
+    write_phantoms(tmp_path / "cases", cases=3, size=32, seed=1)
+    space, log, run = tmp_path / "shared.yaml", tmp_path / "log", tmp_path / "study/trial_0000"
+    text = SPACE.format(root=tmp_path / "cases", run=tmp_path / "study")
+    space.write_text(
+        text.replace("steps: 40", "steps: 9000").replace("validate_every: 20", "validate_every: 9000")
+    )
+    command = [sys.executable, "-m", "medattn_pipelines.cli", "tune", str(space)]
+    command += ["--storage", cluster.url, "--heartbeat", "4"]
+    with log.open("wb") as output:
+        worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _wait_for_steps(run, 10, worker, log)
+        early = open_store(cluster.url, "shared", heartbeat=4, requeue=requeue)
+        study = optuna.load_study(study_name="shared", storage=early.storage)
+        time.sleep(9)  # two heartbeats, so that what it finds counts
+        cluster.stop()
+        time.sleep(14)  # more than three heartbeats
+        with pytest.raises(optuna.exceptions.StorageInternalError) as error:
+            early.fail_dead(study)
+        assert early.away(error.value)
+        worker.send_signal(signal.SIGSTOP)  # its next heartbeat comes after the others looked
+        cluster.start()
+        late = open_store(cluster.url, "shared", heartbeat=4, requeue=requeue)
+        for store in (early, late):
+            store.fail_dead(optuna.load_study(study_name="shared", storage=store.storage))
+        assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+        worker.send_signal(signal.SIGCONT)
+        time.sleep(10)
+        early.fail_dead(study)
+        assert [trial.state for trial in study.trials] == [TrialState.RUNNING], "it showed itself again"
+        worker.kill()
+        worker.wait(30)
+        time.sleep(14)
+        early.fail_dead(study)
+        assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+        early.close()
+        late.close()
+    finally:
+        worker.kill()
+        worker.wait()

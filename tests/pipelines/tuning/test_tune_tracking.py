@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from medattn.data.phantom import write_phantoms
 from medattn.training import mirror
 from medattn.training.mlflow_store import connect
-from medattn.training.runrecord import read_record
+from medattn.training.runrecord import new_record, read_record
 from medattn_pipelines.cli import main
 from medattn_pipelines.configfile import load
 
@@ -67,6 +68,33 @@ def in_mlflow(runs: Path) -> tuple[Any, dict[str, Any]]:
     return client, dict(zip(names, found, strict=True))
 
 
+def max_of(client: Any, run: Any, metric: str) -> float:
+    return max(point.value for point in client.get_metric_history(run.info.run_id, metric))
+
+
+def test_the_turn_of_another_worker_is_no_silence(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
+    connect(f"sqlite:///{runs / 'mlflow.db'}", runs / "any")
+    folder = runs / "sweep"
+    folder.mkdir()
+    record = new_record("sweep", "sweep", None, None)
+    record.begin({"seed": 0}, {}, ())
+    record.end("finished")
+    turn = threading.Lock()
+    with turn:
+        following = mirror.Mirror(folder, record, f"sqlite:///{runs / 'mlflow.db'}", lambda: turn)
+        closing = threading.Thread(target=following.close)
+        closing.start()
+        closing.join(1.5)
+        assert closing.is_alive(), "gave up while another worker had its turn"
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 120.0)
+    closing.join(120)
+    assert caplog.messages == []
+    assert in_mlflow(runs)[1]["sweep"].info.status == "FINISHED"
+
+
 def test_a_search_is_a_run_with_a_child_per_trial(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +143,7 @@ def test_a_search_that_was_not_tracked_is_sent_by_sync(
 ) -> None:
     space, study = tmp_path / "sweep.yaml", runs / "sweep"
     text = SPACE.format(root=tmp_path / "cases", run=study).replace("median", "none")
-    space.write_text(text.replace("steps: 16", "steps: 2"))
+    space.write_text(text)
     assert main(["tune", str(space), "run.tracking=false", "run.experiment=ablation"]) == 0
     assert not (runs / "mlflow.db").exists()
     assert main(["track", "sync", str(study)]) == 0
@@ -123,9 +151,11 @@ def test_a_search_that_was_not_tracked_is_sent_by_sync(
     parents = [run.data.tags.get("mlflow.parentRunId") for _, run in sorted(found.items())]
     assert parents == [None, found["sweep"].info.run_id, found["sweep"].info.run_id]
     assert {point.step for point in client.get_metric_history(parents[1], "best_score")} == {0, 1}
-    best = max(("trial_0000", "trial_0001"), key=lambda name: found[name].data.metrics["validation_dice"])
+    children = [run for name, run in found.items() if name != "sweep"]
+    worse, best = sorted(children, key=lambda run: max_of(client, run, "validation_dice"))
+    assert max_of(client, worse, "validation_dice") < max_of(client, best, "validation_dice")
     (version,) = client.search_model_versions("name = 'ablation'")
-    assert version.run_id in (found[best].info.run_id, found["trial_0000"].info.run_id)
+    assert version.run_id == best.info.run_id
     assert read_record(study).experiment == "ablation"
 
 
