@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -64,8 +64,12 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all processes are here."""
-        self.total(0)
+        """Until all processes are here.
+
+        Without a tensor: gloo's thread might let go of that while Python ends, which aborts the process.
+        """
+        if self.control is not None:
+            dist.barrier(group=self.control)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -112,7 +116,7 @@ class Processes:
         Its buffers, such as batch norm's running statistics, are the main process's at the first forward pass
         of each step. A network that is sharded sees to its gradients itself.
         """
-        if self.world == 1 or _set_gradient_sync(network) is not None:
+        if self.world == 1 or is_sharded(network):
             return network
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, bucket_cap_mb=BUCKET_MIB)
@@ -195,16 +199,16 @@ def own_device(device: torch.device) -> torch.device:
 
 def held_gradients(model: nn.Module, held: bool) -> AbstractContextManager[None]:
     """While `held`, gradients add up in each process and are not averaged over processes yet."""
-    if (set_sync := _set_gradient_sync(model)) is not None:
-        set_sync(not held)
+    if is_sharded(model):
+        cast(Any, model).set_requires_gradient_sync(not held)
         return nullcontext()
     no_sync = getattr(model, "no_sync", None)
     return no_sync() if held and no_sync is not None else nullcontext()
 
 
-def _set_gradient_sync(network: nn.Module) -> Callable[[bool], None] | None:
-    """Of a sharded network; by name, as importing FSDP takes half as long as torch, for predictions too."""
-    return getattr(network, "set_requires_gradient_sync", None)
+def is_sharded(network: nn.Module) -> bool:
+    """Whether each process keeps a share of it; by name, as importing FSDP takes half as long as torch."""
+    return hasattr(network, "set_requires_gradient_sync")
 
 
 def summed(values: Tensor) -> Tensor:

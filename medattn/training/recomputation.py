@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -24,15 +24,17 @@ def recompute_activations(network: nn.Module) -> None:
         block.forward = MethodType(_forward, block)  # not a closure, which a copy would share
 
 
-def _forward(block: nn.Module, *args: Any) -> Any:
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: _contexts(block))
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _spare_buffers(block)
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _spare_buffers(block)),
+        **kwargs,
+    )
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from medattn.errors import InputError
 
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -25,7 +28,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     listed, found = type(network) in LISTS, []
     for part in network.children():
         found += [part] if _is_block(part, listed) else blocks(part)
-    return found
+    return list(dict.fromkeys(found))  # two lists may hold the same
 
 
 def _is_block(part: nn.Module, listed: bool) -> bool:
@@ -41,15 +44,17 @@ def shard(network: nn.Module, averaged: nn.Module, device: torch.device) -> None
     In place; an optimizer is to be made afterwards. Both start as the main process's. The network gathers a
     block when it runs forward and again when it runs backward, and leaves each process its slice of the mean
     gradient; all in the type of the weights. The average runs inside `whole` alone.
+
+    Raises InputError for parameters without an axis, and for one with two names.
     """
+    _require_slices(network)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP takes no others, such as channels-last ones
     for tensor in (*network.parameters(), *network.buffers()):
         dist.broadcast(tensor.detach(), 0)
-    # a network that wrote in place into what a block returns would lose its gradients; none does, by test
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in (*blocks(network), network):
+        module.register_forward_hook(_without_views)
         fully_shard(module, mesh=mesh)
     for owner in averaged.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -57,9 +62,35 @@ def shard(network: nn.Module, averaged: nn.Module, device: torch.device) -> None
             setattr(owner, name, nn.Parameter(slices, parameter.requires_grad))
 
 
-def is_sharded(network: nn.Module) -> bool:
-    """Whether each process keeps a share of the network only."""
-    return isinstance(network, FSDPModule)
+def _require_slices(network: nn.Module) -> None:
+    names: dict[nn.Parameter, str] = {}
+    wrong = []
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if names.setdefault(parameter, name) != name:
+            wrong.append(f"{names[parameter]} and {name} are one parameter")
+        elif not parameter.ndim:
+            wrong.append(f"{name} is a single number")
+    if wrong:
+        raise InputError(
+            f"training.shard_weights: this network cannot be sharded, as {'; '.join(wrong)}; leave it out"
+        )
+
+
+def _without_views(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A forward hook; FSDP's own, on what is returned, would be lost where a network writes into a view."""
+    return tree_map_only(Tensor, _Same.apply, outputs)
+
+
+class _Same(torch.autograd.Function):
+    """The same values in the same memory, and no view of another tensor to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
-from medattn.training.distributed import Processes, joined, summed
+from medattn.training.distributed import Processes, is_sharded, joined, summed
 from medattn.training.loop import Limits, Schedule, State, averaged_model, fit
 from medattn.training.optimizers import make_optimizer
-from medattn.training.sharding import is_sharded, shard, whole
+from medattn.training.sharding import shard, whole
 from medattn.training.synced_batch_norm import synchronise_batch_norms
 from medattn_pipelines.fitting import Learner
 
@@ -55,27 +55,23 @@ def network(norm: bool) -> nn.Module:
     return nn.Sequential(first, nn.Linear(12, 1))
 
 
-class View(nn.Module):
-    """Writes into a view that a block of its returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Turned(), Turned()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-            x += 1
-        return x
-
-
 class Turned(nn.Module):
+    """A block that returns a view."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).flip(1).view(len(x), 6)
+
+
+class Shifted(nn.Module):
+    """Writes into what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return x
 
 
 def loss_of(model: nn.Module, batch: Rows) -> Tensor:
@@ -98,8 +94,8 @@ def trained(
     begin, end: checkpoints to go on from and to leave.
     """
     model = network(norm)
-    if "first" in events:
-        model.insert(0, events["first"]())
+    if events.get("views"):
+        model = nn.Sequential(Turned(), Shifted(), Turned(), Shifted(), *model.children())
     if norm:
         synchronise_batch_norms(model)
     averaged, state, measured = averaged_model(model, 0.9), State(), []
@@ -168,7 +164,7 @@ def all_results(processes: Processes) -> dict[str, Any]:
         "sharded lamb": trained(processes, sharded=True, optimizer_name="lamb"),
         "sharded lookahead": trained(processes, sharded=True, optimizer_name="radam_lookahead"),
         "sharded sgd": trained(processes, sharded=True, optimizer_name="sgd"),
-        "sharded views": trained(processes, sharded=True, first=View),
+        "sharded views": trained(processes, sharded=True, views=True),
         "sums": gradient_of_sums(processes),
     }
 
@@ -234,6 +230,8 @@ def load_elsewhere(processes: Processes, folder: Path) -> None:
     """Go on with a checkpoint that the main process's disk alone has."""
     model = network(norm=False)
     learner = Learner(model, averaged_model(model, 0.9), torch.optim.AdamW(model.parameters()))
+    if processes.main:
+        (folder / "disk_0/checkpoints").mkdir(parents=True)
     learner.save(folder / "disk_0", processes)
     learner.load(folder / f"disk_{processes.rank}", processes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from medattn.errors import InputError
 from medattn.training.checkpoint import load_checkpoint, save_checkpoint
 from medattn.training.loop import State, averaged_model
+from medattn.training.optimizers import OPTIMIZERS, make_optimizer
 
 Parts = tuple[nn.Module, AveragedModel, torch.optim.Optimizer, State]
 
@@ -86,6 +88,55 @@ def test_missing_and_foreign_checkpoints_are_one_sentence(tmp_path: Path) -> Non
             torch.optim.AdamW(other.parameters()),
             State(),
         )
+
+
+class Resting(nn.Module):
+    """Has a parameter that no gradient ever reaches."""
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 1), nn.Linear(2, 2)
+        self.unused.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def resting(name: str, steps: int, **options: bool) -> Parts:
+    torch.manual_seed(steps)
+    model = Resting(**options)
+    averaged, optimizer = averaged_model(model, 0.9), make_optimizer(name, model, 0.01, 0.01)
+    for _ in range(steps):
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, averaged, optimizer, State(step=steps)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_gradient_has_no_moments_after_loading_either(tmp_path: Path, name: str) -> None:
+    first = resting(name, 7)
+    save_checkpoint(tmp_path / "last", *first)
+    second = resting(name, 0)
+    load_checkpoint(tmp_path / "last", *second)
+    for model, _, optimizer, _ in (first, second):
+        assert set(optimizer.state) == set(model.used.parameters())
+        model(torch.full((4, 3), 2.0)).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lost", ["", ".exp_avg"], ids=["frozen-then", "half-of-the-moments"])
+def test_moments_that_should_be_there_are_missed(tmp_path: Path, lost: str) -> None:
+    made = resting("adamw", 2, frozen=not lost)
+    save_checkpoint(tmp_path / "last", *made)
+    table = tmp_path / "last/.metadata"
+    if lost:
+        content = pickle.loads(table.read_bytes())
+        del content.state_dict_metadata[f"optimizer.state.used.weight{lost}"]
+        table.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match="another network or is damaged"):
+        load_checkpoint(tmp_path / "last", *resting("adamw", 0))
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from medattn.training.checkpoint import load_checkpoint
 from medattn.training.distributed import ALONE, held_gradients, joined, summed
 from medattn.training.loop import State, averaged_model
+from medattn.training.optimizers import make_optimizer
 from medattn.training.synced_batch_norm import SyncedBatchNorm, synchronise_batch_norms
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -149,7 +150,7 @@ def test_a_checkpoint_on_two_file_systems_does_not_replace_one_on_one(tmp_path: 
     assert "another process has written; all processes must see one file system" in told[0]
     model = worker().network(norm=False)
     averaged, state = averaged_model(model, 0.9), State()
-    load_checkpoint(tmp_path / "last", model, averaged, torch.optim.AdamW(model.parameters(), 0.01), state)
+    load_checkpoint(tmp_path / "last", model, averaged, make_optimizer("adamw", model, 0.01), state)
     assert state.step == 3
     assert not (tmp_path / ".writing-last").exists()
 

@@ -128,6 +128,25 @@ def test_less_is_kept(name: str, options: dict[str, Any], size: tuple[int, ...],
     assert counts[1] < share * counts[0]
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        return scale * self.layer(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_may_be_called_with_keywords(training: bool) -> None:
+    network = nn.ModuleList([Scaled()]).train(training)
+    x = torch.ones(2, 3)
+    expected = network[0](x, scale=2.0)
+    recompute_activations(network)
+    assert blocks(network) == [network[0]]
+    assert torch.equal(network[0](x, scale=2.0), expected)
+
+
 def test_outside_of_training_nothing_is_computed_twice() -> None:
     network = built("resnet26", {"widths": [4, 8, 16, 32]}).eval()
     recompute_activations(network)
