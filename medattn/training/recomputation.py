@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medattn.training.sharding import blocks
+from medattn.training.sharding import blocks, replaced
 
 
 def recompute_activations(network: nn.Module) -> None:
@@ -37,18 +36,11 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-@contextmanager
-def _spare_buffers(block: nn.Module) -> Iterator[None]:
+def _spare_buffers(block: nn.Module) -> AbstractContextManager[None]:
     """Inside, the block has copies of its buffers: a second pass over a batch must not count as another."""
     own = [
         (owner, name, buffer)
         for owner in block.modules()
         for name, buffer in owner.named_buffers(recurse=False)
     ]
-    for owner, name, buffer in own:
-        setattr(owner, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for owner, name, buffer in own:
-            setattr(owner, name, buffer)
+    return replaced(own, Tensor.clone)

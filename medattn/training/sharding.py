@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,10 +105,17 @@ def whole(averaged: nn.Module) -> Iterator[None]:
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor)
     ]
+    with replaced(sliced, lambda p: nn.Parameter(p.full_tensor().detach(), p.requires_grad)):
+        yield
+
+
+@contextmanager
+def replaced(tensors: Sequence[tuple[nn.Module, str, Any]], make: Callable[[Any], Tensor]) -> Iterator[None]:
+    """Inside, each tensor's owner has in its place what is made of it."""
     try:
-        for owner, name, parameter in sliced:
-            setattr(owner, name, nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad))
+        for owner, name, tensor in tensors:
+            setattr(owner, name, make(tensor))
         yield
     finally:
-        for owner, name, parameter in sliced:
-            setattr(owner, name, parameter)
+        for owner, name, tensor in tensors:
+            setattr(owner, name, tensor)

@@ -41,6 +41,27 @@ def _uncombined(wanted: bool, info: ValidationInfo) -> bool:
     return wanted
 
 
+Deterministic = Annotated[
+    bool, Field(description="CUDA: the same bits from the same run, slower; a CPU gives them anyway")
+]
+SyncBatchNorm = Annotated[
+    bool,
+    Field(description="Under torchrun, batch norm over the images of all processes instead of each one's"),
+]
+ShardWeights = Annotated[
+    bool,
+    Field(
+        description="Under torchrun, each process keeps only its share of weights, averages and optimizer "
+        "state (FSDP2), for networks that do not fit otherwise; alone, nothing"
+    ),
+]
+CheckpointActivations = Annotated[
+    bool,
+    Field(
+        description="Keep only each block's input for the backward pass and compute the rest again: less "
+        "memory, about a third more time"
+    ),
+]
 Compile = Annotated[bool, AfterValidator(_uncombined)]  # declared after the fields that it asks about
 FactorRange = Annotated[tuple[Factor, Factor], AfterValidator(_ordered)]
 Spacing = Annotated[float, Field(gt=0, le=50)]
@@ -189,19 +210,9 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where there is one"
     )
-    deterministic: bool = Field(
-        default=False, description="CUDA: the same bits from the same run, slower; a CPU gives them anyway"
-    )
-    shard_weights: bool = Field(
-        default=False,
-        description="Under torchrun, each process keeps only its share of weights, averages and optimizer "
-        "state (FSDP2), for networks that do not fit otherwise; alone, nothing",
-    )
-    checkpoint_activations: bool = Field(
-        default=False,
-        description="Keep only each block's input for the backward pass and compute the rest again: less "
-        "memory, about a third more time",
-    )
+    deterministic: Deterministic = False
+    shard_weights: ShardWeights = False
+    checkpoint_activations: CheckpointActivations = False
     log_every: int = Field(default=20, ge=1, description="Steps between lines in metrics.jsonl")
     validate_every: int = Field(default=500, ge=1, description="Steps between validations on whole volumes")
     save_every: int = Field(default=500, ge=1, description="Steps between checkpoints to resume from")

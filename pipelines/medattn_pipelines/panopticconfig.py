@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from medattn_pipelines.config import Compile, FactorRange, FilePath, Probability, Run, Section
+from medattn_pipelines.config import (
+    CheckpointActivations,
+    Compile,
+    Deterministic,
+    FactorRange,
+    FilePath,
+    Probability,
+    Run,
+    Section,
+    ShardWeights,
+    SyncBatchNorm,
+)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Edge = Annotated[int, Field(ge=1, le=16384)]
@@ -132,23 +143,10 @@ class PanopticTraining(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = cuda where there is one"
     )
-    deterministic: bool = Field(
-        default=False, description="CUDA: the same bits from the same run, slower; a CPU gives them anyway"
-    )
-    sync_batch_norm: bool = Field(
-        default=False,
-        description="Under torchrun, batch norm over the images of all processes instead of each one's",
-    )
-    shard_weights: bool = Field(
-        default=False,
-        description="Under torchrun, each process keeps only its share of weights, averages and optimizer "
-        "state (FSDP2), for networks that do not fit otherwise; alone, nothing",
-    )
-    checkpoint_activations: bool = Field(
-        default=False,
-        description="Keep only each block's input for the backward pass and compute the rest again: less "
-        "memory, about a third more time",
-    )
+    deterministic: Deterministic = False
+    sync_batch_norm: SyncBatchNorm = False
+    shard_weights: ShardWeights = False
+    checkpoint_activations: CheckpointActivations = False
     channels_last: bool = Field(default=True, description="Channels innermost in memory: faster convolutions")
     compile: Compile = Field(default=False, description="Compile the network with torch.compile")
     log_every: int = Field(default=20, ge=1, description="Steps between lines in metrics.jsonl")

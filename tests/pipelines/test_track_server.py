@@ -90,14 +90,6 @@ class Server:
             self.process = None
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tables") / "run"
-    folder.mkdir()
-    connect(f"sqlite:///{folder.parent / 'mlflow.db'}", folder)
-    return folder.parent / "mlflow.db"
-
-
 @pytest.fixture
 def server(tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Not started yet; trackings go there. A loaded machine answers late."""

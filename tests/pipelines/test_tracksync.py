@@ -26,15 +26,6 @@ pytestmark = pytest.mark.filterwarnings(
 History = Callable[[Any, str], dict[str, list[tuple[int, int, float]]]]
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow's, whose tables take it long to make."""
-    folder = tmp_path_factory.mktemp("tables") / "run"
-    folder.mkdir()
-    connect(f"sqlite:///{folder.parent / 'mlflow.db'}", folder)
-    return folder.parent / "mlflow.db"
-
-
 @pytest.fixture
 def runs(tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for runs with MLflow's database, which no environment variable replaces."""
